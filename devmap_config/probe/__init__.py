@@ -1,1 +1,1 @@
-"""Finds out what this machine has, from the machine itself."""
+"""Probes this machine: its devices, memory and rates."""

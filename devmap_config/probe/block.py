@@ -1,4 +1,4 @@
-"""The `hardware:` block of a machine that was probed: as data, and as YAML with what was seen beside each device."""
+"""Makes the `hardware:` block of a probed machine: as data, and as YAML with the findings beside each device."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ if TYPE_CHECKING:
     from devmap_config.probe.rates import Rate
 
 Route: TypeAlias = tuple[str, ...]
-"""Where a figure stands in the block: `("devices", "cpu", "bandwidth")`."""
+"""The keys that lead to a figure in the block: `("devices", "cpu", "bandwidth")`."""
 
 
 def hardware_block(seen: SeenMachine, measured: Mapping[Route, Rate] | None = None) -> dict[str, Any]:
-    """Return the `hardware` of a profile that describes this machine, with values as a profile writes them."""
+    """Return the `hardware` of a profile for this machine, with values in the form of a profile."""
     devices = {str(each.id): _device(each) for each in seen.accelerators if is_described(each)}
     devices["cpu"] = {"memory": profile_bytes(seen.host.memory_bytes)}
     if seen.disk is not None:
@@ -35,7 +35,7 @@ def hardware_block(seen: SeenMachine, measured: Mapping[Route, Rate] | None = No
 
 
 def as_hardware(seen: SeenMachine) -> Hardware:
-    """Return what a profile's `hardware` says of this machine, as it is read from there."""
+    """Return the validated `hardware` of a profile for this machine."""
     devices = {
         name: {"accelerator": what} if isinstance(what, str) else what
         for name, what in hardware_block(seen)["devices"].items()
@@ -44,7 +44,9 @@ def as_hardware(seen: SeenMachine) -> Hardware:
 
 
 def is_described(seen: SeenAccelerator) -> bool:
-    """Return whether a card's memory is known, by the catalogue or by the card; a profile cannot describe others."""
+    """Return whether a card's memory is known, from the catalogue or the card; a profile cannot describe other
+    cards.
+    """
     return seen.accelerator is not None or seen.memory_bytes is not None
 
 
@@ -65,9 +67,9 @@ def _amount(route: Route, per_second: int) -> str:
 
 
 def block_text(seen: SeenMachine, block: Mapping[str, Any], measured: Mapping[Route, Rate] | None = None) -> str:
-    """Return the block as YAML: to be pasted into a profile, or kept in a file that profiles name in `extends`.
+    """Return the block as YAML, to paste into a profile, or to keep in a file that profiles name in `extends`.
 
-    Beside each figure stands what was seen of its device, or how it was `measured`.
+    Beside each figure is a comment on its device, or on how it was `measured`.
     """
     remarks: dict[Route, str] = {("devices", str(each.id)): _remark(each) for each in seen.accelerators}
     remarks["devices", "cpu"] = _host_remark(seen)
@@ -84,7 +86,7 @@ def block_text(seen: SeenMachine, block: Mapping[str, Any], measured: Mapping[Ro
 
 
 def _lines(route: Route, value: Any, remarks: Mapping[Route, str]) -> Iterator[str]:
-    """Yield a key with its value, as a flow mapping unless there is a remark on something within."""
+    """Yield a key with its value, as a flow mapping unless something within has a remark."""
     remark = f"   # {remarks[route]}" if route in remarks else ""
     begin = f"{'  ' * len(route)}{route[-1]}:"
     if any(other[: len(route)] == route != other for other in remarks):
@@ -96,7 +98,8 @@ def _lines(route: Route, value: Any, remarks: Mapping[Route, str]) -> Iterator[s
 
 
 def _spread(route: Route, rate: Rate) -> str:
-    ends = (rate.most, rate.least) if route[-1] == "dispatch" else (rate.least, rate.most)  # so long, and so fast
+    # The shortest time or the lowest rate comes first.
+    ends = (rate.most, rate.least) if route[-1] == "dispatch" else (rate.least, rate.most)
     spread = " to ".join(_amount(route, per_second) for per_second in ends)
     return f"median of {counted(rate.passes, 'run')}, {spread}: {rate.method}"
 

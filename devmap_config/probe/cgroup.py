@@ -1,4 +1,4 @@
-"""The memory limit of the control group that a process is in, of either version, and of every group around it."""
+"""Reads the memory limits of a process's control group, of either version, and of every group around it."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 UNLIMITED_BYTES = 2**60
-"""Version 1 says "no limit" by a number near 2^63."""
+"""Larger limits mean no limit, which version 1 states as a number near 2^63."""
 
 
 @dataclass(frozen=True)
 class GroupMemory:
-    """The memory limit of a control group, and its use without cached files, which can be taken back at once."""
+    """The memory limit of a control group, and its use without cached files, which can be reclaimed at once."""
 
     limit_bytes: int
     used_bytes: int
 
     @property
     def available_bytes(self) -> int:
-        """The part of the limit that is not used."""
+        """The unused part of the limit."""
         return max(self.limit_bytes - self.used_bytes, 0)
 
 
 def limiting_groups(root: Path = Path("/")) -> tuple[GroupMemory, ...]:
-    """Return every group with a limit, from this process's outwards; none where the machine has no control groups."""
+    """Return every group with a limit, from this process's outwards; empty if the machine has no control groups."""
     groups = kernel_text(root / "proc/self/cgroup").splitlines()
     mounts = kernel_text(root / "proc/self/mountinfo").splitlines()
     found = [_version_2(folder) for folder in _folders(root, groups, mounts, "")]
@@ -46,7 +46,8 @@ def _folders(root: Path, groups: list[str], mounts: list[str], controller: str) 
     mounted_group, mount_point = mount
     top = root / mount_point.lstrip("/")
     group = PurePosixPath(within)
-    # Moved out of what this namespace sees, or in a container that sees its own group as the top, by another name:
+    # The group is outside of this namespace, or this is a container that sees its own group as the root, by another
+    # name:
     if ".." in group.parts or not group.is_relative_to(mounted_group):
         relative = PurePosixPath()
     else:

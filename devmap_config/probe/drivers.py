@@ -1,4 +1,4 @@
-"""Signs of an accelerator that cost nothing to look at: its driver's files, and what torch was built for."""
+"""Cheap signs of an accelerator: its driver's files, and the kinds that torch was built for."""
 
 from __future__ import annotations
 
@@ -17,32 +17,32 @@ DRIVER_FILES = {
     "npu": ("dev/davinci_manager", "dev/davinci0"),
     "hpu": ("dev/accel/accel0", "dev/hl0"),
 }
-"""By what torch has to be built for. `nvhost-gpu` and `nvgpu` are Jetson's."""
+"""The files of drivers, by the kind that torch must be built for. `nvhost-gpu` and `nvgpu` are Jetson's."""
 
-# Of a driver for which nothing is installed, only these are spoken of: others' files are on many laptops too.
+# The kinds whose driver is reported if nothing is installed for it; the files of others exist on many laptops, too.
 MAKERS = {"cuda": "NVIDIA", "hip": "AMD", "npu": "Ascend"}
 
 STATED_KIND = re.compile(r"^(cuda|hip|xpu)\b[^=\n]*= *['\"]", re.MULTILINE)
-"""A line of torch's `version.py` that names a version; of a kind that torch is not built for it says `None`."""
+"""Matches a line of torch's `version.py` with a version; for kinds that torch is not built for, it is `None`."""
 
 WINDOWS_BELOW = "dev/dxg"
-"""Under Windows' Linux, any card is behind this."""
+"""In Windows' subsystem for Linux, any card may be behind this file."""
 
 
 def kinds_with_a_driver(root: Path = Path("/")) -> frozenset[str]:
-    """Return the kinds of devices whose driver has left a file; only the others are certain, which are not there."""
+    """Return the kinds of devices that have a driver's file; only the absence of the others is certain."""
     if sys.platform == "darwin":
         return frozenset({"mps"} if platform.machine() == "arm64" else ())
     if os.name == "nt" or (root / WINDOWS_BELOW).exists():
         return frozenset({"cuda", "hip", "xpu"})
     found = {kind for kind, files in DRIVER_FILES.items() if any((root / file).exists() for file in files)}
-    if any((root / "dev/dri").glob("renderD*")):  # nearly every machine with a screen
+    if any((root / "dev/dri").glob("renderD*")):  # true of nearly every machine with a screen
         found.add("xpu")
     return frozenset(found)
 
 
 def kinds_torch_is_built_for() -> frozenset[str]:
-    """Return what `version.py` says, without importing torch; nothing where that is for the CPU or is not there."""
+    """Return the kinds in torch's `version.py`, without importing it; empty for the CPU's build, or without torch."""
     specification = find_spec("torch")
     if specification is None or not specification.submodule_search_locations:
         return frozenset()

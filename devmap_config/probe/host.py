@@ -1,4 +1,4 @@
-"""The CPU's memory, within the limits of its container, and the disk."""
+"""Probes the CPU's memory, within the limits of its container, and the disk."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from devmap_config.probe.machine import SeenDisk, SeenHost
 
 
 def seen_host() -> SeenHost:
-    """Return the CPU's memory: the machine's, or what its container may use where that is less."""
+    """Return the CPU's memory: the machine's, or the container's limit if that is less."""
     import psutil
 
     memory = psutil.virtual_memory()
@@ -43,13 +43,13 @@ def _processor_name() -> str | None:
 
 
 def seen_disk(folder: Path) -> SeenDisk:
-    """Return the file system that holds a folder, or will hold it once it is made."""
+    """Return the file system of a folder, even if it does not exist yet."""
     usage = shutil.disk_usage(existing_folder(folder))
     return SeenDisk(memory_bytes=usage.total, free_bytes=usage.free)
 
 
 def existing_folder(path: Path) -> Path:
-    """Return the folder in which a path is, or will be once it is made."""
+    """Return the nearest existing folder of a path."""
     resolved = real_path(path)
     return next(folder for folder in (resolved, *resolved.parents) if is_folder(folder))
 

@@ -1,4 +1,4 @@
-"""`SeenMachine`: what a probe found of the machine that it runs on."""
+"""`SeenMachine`: the result of probing a machine."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 class SeenAccelerator:
     """One accelerator, by torch's number.
 
-    `name` is what its driver reports, `accelerator` the catalogue's name for it. `held_bytes` is what processes hold
-    there now and `free_bytes` what a new one may take; either is `None` if nobody can tell. With `has_context` the
-    context of this process is among what is held.
+    `name` is that of its driver, `accelerator` that of the catalogue. `held_bytes` is the memory that processes hold
+    there now, and `free_bytes` the memory that a new one may take; either is `None` if unknown. With `has_context`, the
+    held memory includes the context of this process.
     """
 
     id: Device
@@ -32,14 +32,14 @@ class SeenAccelerator:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SeenHost:
-    """The CPU's side: memory within the limits of the container, what is available of it now, and the threads."""
+    """The CPU: its memory within the limits of the container, the available part of it, and the threads."""
 
     memory_bytes: int
     available_bytes: int
     threads: int
     name: str | None = None
     is_limited: bool = False
-    """Whether a container's limit is what counts, and not the machine's memory."""
+    """True if a container's limit applies rather than the machine's memory."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,7 +52,7 @@ class SeenDisk:
 
 @dataclass(frozen=True, kw_only=True)
 class SeenMachine:
-    """All of it. `notes` are warnings: what is there and could not be asked, or what was guessed."""
+    """The whole machine. `notes` are warnings about devices that could not be probed, and about guesses."""
 
     accelerators: tuple[SeenAccelerator, ...]
     host: SeenHost

@@ -1,4 +1,4 @@
-"""`devmap probe --measure`: every rate that plans are predicted with, one step after the other."""
+"""`devmap probe --measure`: measures every rate that predictions use, step by step."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from devmap_config.probe.torch_rates import Devices
 
 PAIR_APART = 1.2
-"""A pair of accelerators that is so much faster than the slowest gets a line of its own: it has a bridge, say. So do
-copies to all cards at once that are so much faster than to one.
+"""The least factor by which a pair of accelerators must be faster than the slowest to get a line of its own, as with a
+bridge. The same holds for copies to all cards at once, compared with one.
 """
 
 HOST: Route = ("links", "host")
@@ -30,12 +30,14 @@ TOGETHER: Route = ("links", "together")
 
 ON_CPU: Route = ("devices", "cpu")
 OTHER_DTYPES = ("float16", "float32")
-"""Those of a model besides bfloat16: not every CPU multiplies them as fast as it, and of those in float32 none does."""
+"""The dtypes that are measured besides bfloat16: some CPUs multiply float16 more slowly, and all multiply float32
+more slowly.
+"""
 
 
 @dataclass(frozen=True)
 class MeasurementStep:
-    """One measurement: where its rates stand in the block, in which words a user is told of it, and how it is made."""
+    """One measurement: the route of its rates in the block, its name for users, and the function that makes it."""
 
     routes: tuple[Route, ...]
     words: str
@@ -43,7 +45,7 @@ class MeasurementStep:
 
 
 def steps(seen: SeenMachine, disk_folder: Path, devices: Devices) -> Iterator[MeasurementStep]:
-    """Yield what there is to measure on a machine, in order."""
+    """Yield the measurements of a machine, in order."""
     host, disk = seen.host, seen.disk
     cards = [card for card in seen.accelerators if is_described(card)]
     if devices.is_there:
@@ -72,8 +74,8 @@ def steps(seen: SeenMachine, disk_folder: Path, devices: Devices) -> Iterator[Me
 
 
 def _steps_on_cpu(seen: SeenMachine, devices: Devices) -> Iterator[MeasurementStep]:
-    """Yield the steps of measuring the CPU; the host comes first, which tells whether the machine is too busy for the
-    others.
+    """Yield the measurements of the CPU; dispatching comes first, because it shows whether the machine is too busy for
+    the others.
     """
     available_bytes = seen.host.available_bytes
     runs_on = next((card.id for card in seen.accelerators), CPU)
@@ -104,7 +106,7 @@ def _step(route: Route, words: str, measure: Callable[[], Rate]) -> MeasurementS
 def measured(
     planned: tuple[MeasurementStep, ...], begun: Callable[[MeasurementStep], None]
 ) -> tuple[dict[Route, Rate], dict[str, str]]:
-    """Make every measurement, announcing each; return what was measured, and why others were not, by their words."""
+    """Announce and make every measurement; return the rates, and why others are missing, by their names."""
     rates: dict[Route, Rate] = {}
     failures: dict[str, str] = {}
     for step in planned:
@@ -112,7 +114,7 @@ def measured(
         try:
             found = zip(step.routes, step.measure(), strict=True)
             rates.update({route: rate for route, rate in found if rate is not None})
-        except (NotMeasuredError, RuntimeError) as error:  # of torch's: too little memory, a kernel that is missing
+        except (NotMeasuredError, RuntimeError) as error:  # torch raises for too little memory, or a missing kernel
             failures[step.words] = next(iter(str(error).splitlines()), type(error).__name__)
     if TOGETHER in rates and not _is_more_than_one_link(rates[TOGETHER], rates.get(HOST)):
         del rates[TOGETHER]
@@ -121,12 +123,12 @@ def measured(
 
 
 def _is_more_than_one_link(together: Rate, host: Rate | None) -> bool:
-    """Return whether copying to several cards at once is faster: not if they share a link."""
+    """Return whether copying to several cards at once is faster than to one, which it is not if they share a link."""
     return host is not None and together.per_second > host.per_second * PAIR_APART
 
 
 def peer_links(pairs: Mapping[Route, Rate]) -> dict[Route, Rate]:
-    """Return the links of rates by pair: `peer`, which is the slowest, and the pairs that are much faster."""
+    """Return the links for the rates of pairs: `peer`, which is the slowest, and the pairs that are much faster."""
     if not pairs:
         return {}
     slowest = min(pairs.values(), key=lambda rate: rate.per_second)

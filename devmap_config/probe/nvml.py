@@ -1,4 +1,4 @@
-"""The facts about cards from NVIDIA's management library: without a context on any of them, and without torch."""
+"""Reads cards with NVIDIA's management library, without a context on any of them, and without torch."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ if TYPE_CHECKING:
 
 
 def read_cards() -> tuple[SeenAccelerator, ...]:
-    """Return every card by its place on the PCI bus, whatever `CUDA_VISIBLE_DEVICES` says; MIG slices for their card.
+    """Return every card in the order of the PCI bus, whatever `CUDA_VISIBLE_DEVICES` says; MIG slices replace their
+    card.
 
-    There are none where the package or the driver is missing, or a card does not answer.
+    The result is empty if the package or the driver is missing, or a card does not answer.
     """
     try:
         import pynvml
@@ -43,21 +44,21 @@ def _place(nvml: Any, handle: Any) -> tuple[int, int, int]:
 
 
 def _parts(nvml: Any, handle: Any) -> Iterator[tuple[Any, bool]]:
-    """Yield what of a card can be computed on, and whether that is a slice: itself, or its MIG slices."""
+    """Yield the devices of a card, and whether each is a slice: the card itself, or its MIG slices."""
     if not _is_partitioned(nvml, handle):
         yield handle, False
         return
     for index in range(nvml.nvmlDeviceGetMaxMigDeviceCount(handle)):
         try:
             yield nvml.nvmlDeviceGetMigDeviceHandleByIndex(handle, index), True
-        except nvml.NVMLError:  # nothing was made there
+        except nvml.NVMLError:  # no slice was created there
             continue
 
 
 def _is_partitioned(nvml: Any, handle: Any) -> bool:
     try:
         current, _pending = nvml.nvmlDeviceGetMigMode(handle)
-    except nvml.NVMLError:  # most cards know no MIG
+    except nvml.NVMLError:  # most cards do not support MIG
         return False
     return bool(current == nvml.NVML_DEVICE_MIG_ENABLE)
 
@@ -74,14 +75,14 @@ def _seen(nvml: Any, device: Device, handle: Any, is_slice: bool) -> SeenAcceler
         held_bytes=held_bytes,
         has_context=_runs_here(nvml, handle),
         uuid=_text(nvml.nvmlDeviceGetUUID(handle)),
-        accelerator=recognised(name, memory_bytes, "cuda"),  # of a slice it has neither the name nor the memory
+        accelerator=recognised(name, memory_bytes, "cuda"),  # a slice has another name and less memory
         is_slice=is_slice,
     )
 
 
 def _memory(nvml: Any, handle: Any) -> tuple[int | None, int | None, int | None]:
-    """Return the total and free memory, and that held by processes; only the newer call tells the driver's own share
-    apart.
+    """Return the total and free memory, and that held by processes, which only the newer call separates from the
+    driver's.
     """
     version = getattr(nvml, "nvmlMemory_v2", None)
     for arguments in [(handle, version), (handle,)] if version is not None else [(handle,)]:
@@ -101,5 +102,5 @@ def _runs_here(nvml: Any, handle: Any) -> bool:
 
 
 def _text(value: str | bytes) -> str:
-    """Older releases of the package give bytes."""
+    """Return a text as `str`; older releases of the package return bytes."""
     return value.decode("utf-8", "replace") if isinstance(value, bytes) else value

@@ -1,7 +1,7 @@
-"""This machine: its accelerators, the CPU's memory within the limits of its container, the disk.
+"""Probes this machine: its accelerators, the CPU's memory within the limits of its container, the disk.
 
-Torch is asked for accelerators where it is there and a driver is that it was built for, since the model will run on
-what torch numbers; NVML alone where it is not. So a laptop without an accelerator is described without torch.
+If torch is installed, and a driver for which it was built, torch lists the accelerators, since models run with torch's
+numbers. Otherwise NVML does. So a laptop without an accelerator is described without importing torch.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ if TYPE_CHECKING:
 def probe_machine(
     environment: Mapping[str, str], disk_folder: Path | None = Path(), *, kind: str | None = None
 ) -> SeenMachine:
-    """Return what this machine has, as a process with this environment sees it.
+    """Return this machine as a process with this environment sees it.
 
     Args:
-        environment: of which the variables are read that choose and order CUDA's devices.
-        disk_folder: a folder, or a file or folder yet to be made, on the file system that is meant by `disk`.
-        kind: the kind of accelerator that is wanted; torch, which is needed anyway, is then asked, whatever the signs.
+        environment: the environment, whose variables select and order CUDA's devices.
+        disk_folder: a path, which need not exist, on the file system of `disk`.
+        kind: the kind of accelerator that is needed; torch, which is then needed anyway, is used whatever the signs.
     """
     accelerators, notes = _accelerators(environment, kind)
     disk = None if disk_folder is None else seen_disk(disk_folder)
@@ -54,7 +54,9 @@ def _accelerators(
 
 
 def _order_is_known(cards: Sequence[SeenAccelerator], environment: Mapping[str, str]) -> bool:
-    """Return whether CUDA numbers all cards by the bus: its default is the fastest first, and one slice alone."""
+    """Return whether CUDA numbers all cards by the bus; by default, it puts the fastest first, and sees only one
+    slice.
+    """
     are_alike = len({(card.name, card.memory_bytes) for card in cards}) == 1
     is_by_bus = are_alike or environment.get("CUDA_DEVICE_ORDER") == "PCI_BUS_ID"
     shows_all = "CUDA_VISIBLE_DEVICES" not in environment

@@ -1,6 +1,6 @@
 """Measures how fast this machine reads its memory and its disk, within bounds of time and size.
 
-As many passes are made as the time allows, and the median is taken. The torch half is `torch_rates`.
+Passes are repeated as long as time allows, and the median counts. `torch_rates` is the part that uses torch.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ if TYPE_CHECKING:
 
 
 MEMORY_BUFFER_BYTES = 1024 * MEBIBYTE
-"""More than the caches of all but a few processors hold."""
+"""More than fits in the caches of all but a few processors."""
 
 DISK_FILE_BYTES = 1024 * MEBIBYTE
 DISK_BLOCK_BYTES = 8 * MEBIBYTE
 BLOCKS_A_PASS = 16
 SHARE_OF_FREE = 8
-"""Not more than an eighth of what is free is taken, of memory as of the disk."""
+"""At most an eighth of the free memory, or of the free disk, is used."""
 
 LIMIT_SECONDS = 1.0
 ALL_SECONDS = 30.0
-"""For the passes of one measurement, and for those of all: with what they need, all are done within a minute."""
+"""The seconds for the passes of one measurement, and of all; with preparations, everything takes less than a minute."""
 
 SHORTEST_SECONDS = 1e-9
 DISK_LIMIT_SECONDS = 3.0
-"""For each of: writing the file, reading it."""
+"""The seconds for writing the file, and again for reading it."""
 
 MAC_NO_CACHE = 48
 """`F_NOCACHE` of macOS' `fcntl`, which Python does not name."""
@@ -46,9 +46,9 @@ MAC_NO_CACHE = 48
 
 @dataclass(frozen=True, slots=True)
 class Rate:
-    """Bytes (or operations) a second, and how that was measured, in words.
+    """Bytes or operations per second, and the method of measuring, in words.
 
-    `per_second` is the median of so many `passes`, `least` that of the slowest of them and `most` that of the fastest.
+    `per_second` is the median over `passes`, `least` that of the slowest pass and `most` that of the fastest.
     """
 
     per_second: int
@@ -59,7 +59,7 @@ class Rate:
 
     @classmethod
     def of(cls, amount: int, seconds: Sequence[float], method: str) -> Rate:
-        """Return the rate of passes that take so many seconds each for the same amount."""
+        """Return the rate of passes that each process the same amount in these seconds."""
         middle, least, most = (int(amount / each) for each in (median(seconds), max(seconds), min(seconds)))
         return cls(middle, method, least=least, most=most, passes=len(seconds))
 
@@ -69,7 +69,7 @@ class NotMeasuredError(Exception):
 
 
 class TooNoisyError(Exception):
-    """Other work on the machine makes what is measured worthless; the text says how it is known."""
+    """Other work on the machine makes the measurement worthless; the text says how this was detected."""
 
 
 def memory_bandwidth(
@@ -91,7 +91,7 @@ def memory_bandwidth(
     size_bytes = min(buffer_bytes, available_bytes // SHARE_OF_FREE)
     if size_bytes < MEBIBYTE:
         raise NotMeasuredError("there is too little memory free")
-    buffer = np.ones(size_bytes // 4, dtype=np.float32)  # written to: memory that never was is not there to be read
+    buffer = np.ones(size_bytes // 4, dtype=np.float32)  # written to, because untouched memory is not allocated
     parts = np.array_split(buffer, threads)
     with ThreadPoolExecutor(threads) as pool:
         seconds = passes(lambda: list(pool.map(np.max, parts)), clock, LIMIT_SECONDS)
@@ -99,7 +99,7 @@ def memory_bandwidth(
 
 
 def passes(action: Callable[[], object], clock: Callable[[], float], limit_seconds: float) -> list[float]:
-    """Return the seconds of each of several passes, of at least one, until the time is up."""
+    """Return the seconds of each pass, of at least one, until the time is up."""
     seconds: list[float] = []
     end = clock() + limit_seconds
     while not seconds or clock() < end:
@@ -133,7 +133,7 @@ def disk_bandwidth(
 
 
 def _write(file: Any, size_bytes: int, clock: Callable[[], float]) -> int:
-    block = os.urandom(DISK_BLOCK_BYTES)  # a file system that compresses finds nothing to gain
+    block = os.urandom(DISK_BLOCK_BYTES)  # random bytes, so that a file system cannot compress them
     begin, written = clock(), 0
     while written + DISK_BLOCK_BYTES <= size_bytes and (not written or clock() - begin < DISK_LIMIT_SECONDS):
         written += file.file.write(block)
@@ -145,7 +145,7 @@ def _write(file: Any, size_bytes: int, clock: Callable[[], float]) -> int:
 def _read(path: Path, size_bytes: int, clock: Callable[[], float]) -> Rate:
     descriptor, method = _opened(path)
     with os.fdopen(descriptor, "rb", buffering=0) as file, mmap.mmap(-1, DISK_BLOCK_BYTES) as block:
-        if hasattr(mmap, "MADV_HUGEPAGE"):  # a disk reads into large pages at twice the rate, as the runner has it do
+        if hasattr(mmap, "MADV_HUGEPAGE"):  # a disk reads into huge pages at twice the rate, and the runner uses these
             with suppress(OSError):
                 block.madvise(mmap.MADV_HUGEPAGE)
         end, seconds = clock() + DISK_LIMIT_SECONDS, [_seconds_to_read(file, block, clock)]
@@ -162,7 +162,7 @@ def _seconds_to_read(file: FileIO, block: mmap.mmap, clock: Callable[[], float])
 
 
 def _opened(path: Path) -> tuple[int, str]:
-    """Open a file for reading from the disk, and say how its cache is avoided."""
+    """Open a file for reading from the disk, and return how its cache is avoided."""
     if hasattr(os, "O_DIRECT"):
         with suppress(OSError):  # not every file system has it
             return os.open(path, os.O_RDONLY | os.O_DIRECT), "around the cache (O_DIRECT)"  # noqa: TID251  its own file

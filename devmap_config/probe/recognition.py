@@ -1,7 +1,7 @@
 """Recognises a card of the catalogue by the name that its driver reports, and only if its memory agrees.
 
-`reported_names.csv` holds the names, each exactly as it is reported: a `NVIDIA GeForce RTX 4090 Laptop GPU` is no
-`rtx-4090`. One name may be that of cards with different memory, which are then not in the catalogue.
+`reported_names.csv` holds the names exactly as they are reported: a `NVIDIA GeForce RTX 4090 Laptop GPU` is not an
+`rtx-4090`. Cards with different memory may have the same name, and are then not in the catalogue.
 """
 
 from __future__ import annotations
@@ -11,11 +11,15 @@ from functools import cache
 from devmap_config.hardware.catalogue import catalogue_rows, load_catalogue
 
 LEAST_SHARE_SEEN = 0.9
-"""torch reports some 1.5 % less than the driver does, which keeps it for itself; error correction takes up to 6 %."""
+"""The least share of a card's memory that is reported: torch reports about 1.5 % less than the driver, and error
+correction takes up to 6 %.
+"""
 
 
 def recognised(reported_name: str, memory_bytes: int | None, kind: str) -> str | None:
-    """Return the catalogue's name of a card, if it has it; `memory_bytes` is what the card reports, if it does."""
+    """Return the catalogue's name of a card, if it is listed; `memory_bytes` is the memory that the card reports, if
+    any.
+    """
     name = _names().get(_spelling(reported_name))
     if name is None:
         return None

@@ -1,7 +1,7 @@
-"""The torch half of the probe: accelerators as torch numbers them, of every kind that it knows.
+"""The part of the probe that uses torch: accelerators in torch's numbering, of every kind that it supports.
 
-Importing torch takes seconds, so this is asked only where nothing quicker can tell. What NVML said of a card is
-taken from there: torch can read a card's memory only by making a context on it, which takes some of it.
+Importing torch takes seconds, so this is used only if nothing faster can answer. Facts about cards from NVML are
+preferred, because torch can read a card's memory only by creating a context on it, which takes some of the memory.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
 KINDS = ("cuda", "xpu", "npu", "hpu")
-"""torch's modules that number their devices; AMD's cards are `cuda` as well."""
+"""torch's modules for devices with numbers; AMD's cards are `cuda`, too."""
 
 
 def torch_accelerators(cards: Sequence[SeenAccelerator] = ()) -> tuple[SeenAccelerator, ...]:
-    """Return the accelerators of the first kind of which torch has any; `cards` are those that NVML knows."""
+    """Return the accelerators of the first kind that torch finds; `cards` are those that NVML found."""
     try:
         import torch
     except ImportError:
@@ -38,7 +38,7 @@ def torch_accelerators(cards: Sequence[SeenAccelerator] = ()) -> tuple[SeenAccel
 
 
 def _load_plugins() -> None:
-    """Some makers' packages add their module to torch when they are imported."""
+    """Import the packages of makers that add their module to torch when imported."""
     from importlib import import_module
     from importlib.util import find_spec
 
@@ -46,7 +46,7 @@ def _load_plugins() -> None:
         if find_spec(package) is not None:
             try:
                 import_module(module)
-            except (ImportError, RuntimeError):  # its own libraries are missing: there is no such device then
+            except (ImportError, RuntimeError):  # its libraries are missing, so there is no such device
                 continue
 
 
@@ -66,14 +66,16 @@ def _accelerator(kind: str, backend: Any, index: int, cards: Mapping[str | None,
         memory_bytes=memory_bytes,
         free_bytes=free_bytes,
         held_bytes=held_bytes,
-        has_context=free_bytes is not None,  # reading it made one
+        has_context=free_bytes is not None,  # reading the memory created one
         uuid=None if uuid is None else str(uuid),
         accelerator=recognised(name, memory_bytes, kind),
     )
 
 
 def _apple(torch: Any) -> SeenAccelerator:
-    """Metal says how much of the shared memory a process should take; what others hold, it does not say."""
+    """Return Apple's accelerator: Metal reports how much of the shared memory a process should use, but not what
+    others hold.
+    """
     memory_bytes = int(torch.mps.recommended_max_memory())
     name = _processor_name()
     return SeenAccelerator(
@@ -91,7 +93,7 @@ def _processor_name() -> str:
 
 
 def _asked(backend: Any, function: str, index: int) -> Any:
-    """Return the answer of a backend, or `None`: each implements another part of this interface."""
+    """Return the answer of a backend, or `None`, as each implements only a part of this interface."""
     try:
         return getattr(backend, function)(index)
     except (AttributeError, NotImplementedError, RuntimeError, AssertionError):

@@ -1,6 +1,7 @@
-"""Measures the rates of accelerators, and of the CPU's matrix products: the torch half of `devmap probe --measure`.
+"""Measures the rates of accelerators, and of the CPU's matrix products: the part of `devmap probe --measure` that uses
+torch.
 
-Copies are made by torch. Everything is bounded in time and size.
+torch makes the copies. Time and size are bounded.
 """
 
 from __future__ import annotations
@@ -38,33 +39,35 @@ COPY_BYTES = 256 * MEBIBYTE
 AT_ONCE_BYTES = 1024 * MEBIBYTE
 LAYER_WIDTHS = (2048, 4096)
 LAYERS_BYTES = 1024 * MEBIBYTE
-"""More than the caches of all but a few processors hold."""
+"""More than fits in the caches of all but a few processors."""
 
 LAYER_TOKENS = 512
 
 NARROW_WIDTH, NARROW_BYTES, NARROW_TOKENS = 512, 256 * MEBIBYTE, 64
 LEAST_SHARE = 0.1
-"""What a narrow layer takes besides reading and computing is told where it is so much of its time."""
+"""The least share of a narrow layer's time, besides reading and computing, for which a rate of products is stated."""
 
 HEADS, SHARED_HEADS, HEAD_WIDTH = 32, 8, 128
-"""Heads of the queries, of the keys and values, and how long each is: as in models of 8 billion weights."""
+"""The heads of the queries, those of the keys and values, and the width of each, as in models of 8 billion weights."""
 
 PROMPT_TOKENS = 1024
 CONTEXT_TOKENS = 8192
 LAYERS_WITH_A_CACHE = 4
 
 EXPERTS, CHOSEN, EXPERT_WIDTHS = 64, 8, (2048, 768)
-"""Of a mixture: its experts, those of a token, and the widths of their matrices. Qwen3-30B-A3B has twice as many."""
+"""The experts of a mixture, the experts of a token, and the widths of their matrices. Qwen3-30B-A3B has twice as
+many experts.
+"""
 
 SMALLEST_MATRIX, LARGEST_MATRIX = 256, 8192
 LONG_ENOUGH_SECONDS = 0.05
-"""A layer that takes as long says how fast the device is, and not how fast a kernel is launched."""
+"""The time of a layer that measures the speed of the device rather than that of launching a kernel."""
 
 QUIET = 0.9
-"""Of one thread's time, what is had on a machine with nothing else to do."""
+"""The least share of a thread's time that it runs on an otherwise idle machine."""
 
 QUIET_TOGETHER = 0.8
-"""The same of several, which wait for the slowest of them."""
+"""The same for several threads, which wait for the slowest of them."""
 
 NARROW = {
     "hidden_size": 256,
@@ -77,12 +80,12 @@ NARROW = {
 
 
 class Devices:
-    """torch's devices, to be timed. Without torch there are none: `is_there` is false."""
+    """Measures torch's devices. Without torch there are none: `is_there` is false."""
 
     def __init__(
         self, clock: Callable[[], float] = time.perf_counter, processor: Callable[[], float] = time.process_time
     ) -> None:
-        """Read the time from a clock, and from another how long all threads of the process were at work."""
+        """Use `clock` for the time, and `processor` for the processor time of all threads of the process."""
         self._clock, self._processor = clock, processor
         self._limit_seconds = LIMIT_SECONDS
         self._torch: Any = None
@@ -94,7 +97,7 @@ class Devices:
         self._torch = torch
 
     def share_time(self, measurements: int) -> None:
-        """Take less for each of so many measurements, where that keeps all within a minute."""
+        """Shorten each of this many measurements if needed, so that all take less than a minute."""
         self._limit_seconds = min(LIMIT_SECONDS, ALL_SECONDS / measurements)
 
     @property
@@ -103,19 +106,19 @@ class Devices:
         return self._torch is not None
 
     def memory_bandwidth(self, seen: SeenAccelerator) -> Rate:
-        """Return the bytes that a copy within the device reads and writes, a second."""
+        """Return the bytes per second that a copy within the device reads and writes."""
         size_bytes = self._size(seen)
         seconds = self._copying_seconds(size_bytes, seen.id, seen.id)
         return Rate.of(2 * size_bytes, seconds, f"{size_bytes // MEBIBYTE} MiB copied within the device")
 
     def layers(self, dtype: str, available_bytes: int) -> tuple[Rate | None, ...]:
-        """Return how fast linear layers run on the CPU in a dtype.
+        """Return the rates of linear layers on the CPU in a dtype.
 
-        The first rate is of one token: the bytes of weights that are read a second as it is multiplied by them. That is
-        less than is read of memory that nothing is computed with: two thirds on 16 threads, in bfloat16. The second is
-        of a prompt: the operations a second, beside the time in which the weights are read. The others are how many
-        products a second there would be of one token and of a prompt, were nothing to read or to compute; `None` where
-        a narrow layer takes no longer than by the first two.
+        The first rate is that of one token: the bytes of weights that are read and multiplied per second. It is lower
+        than that of only reading memory: two thirds on 16 threads, in bfloat16. The second is that of a prompt: the
+        operations per second, without the time of reading the weights. The others are the products per second of one
+        token and of a prompt, without reading and computing; `None` if a narrow layer takes no longer than the first
+        two rates imply.
 
         Raises:
             NotMeasuredError: if there is too little memory for layers that caches do not hold.
@@ -125,7 +128,7 @@ class Devices:
         count = self._count(itemsize * sum(width**2 for width in LAYER_WIDTHS), available_bytes, LAYERS_BYTES)
         weights = [self._ones(dtype, width, width) for width in LAYER_WIDTHS * count]
         size_bytes = sum(weight.nbytes for weight in weights)
-        threads = 1 if dtype == "float32" else self._threads  # for one token, BLAS takes one
+        threads = 1 if dtype == "float32" else self._threads  # for one token, BLAS uses one thread
         reading = self._seconds(partial(self._multiply, weights, 1), CPU, threads=threads)
         sizes = " and ".join(f"{width} by {width}" for width in LAYER_WIDTHS)
         said = f"{dtype} linear layers of {sizes}"
@@ -147,7 +150,7 @@ class Devices:
     def _products(
         self, dtype: str, available_bytes: int, tokens: int, bandwidth: Rate, flops: Rate, *, threads: int
     ) -> Rate | None:
-        """Return how many products of narrow layers are done a second, without the time of reading and computing."""
+        """Return the products of narrow layers per second, without the time of reading and computing."""
         layer_bytes = NARROW_WIDTH**2 * getattr(self._torch, dtype).itemsize
         count = self._count(layer_bytes, available_bytes, NARROW_BYTES)
         weights = [self._ones(dtype, NARROW_WIDTH, NARROW_WIDTH) for _ in range(count)]
@@ -166,9 +169,9 @@ class Devices:
             self._torch.nn.functional.linear(weight[:tokens], weight)
 
     def attention(self, available_bytes: int, *, is_prefill: bool) -> Rate:
-        """Return the operations a second of attention on the CPU: of a prompt, or of a query after a long context.
+        """Return the operations per second of attention on the CPU: for a prompt, or for a query after a long context.
 
-        All queries of a prompt are counted with all keys, as they are where its time is predicted.
+        All queries of a prompt are counted with all keys, as in predictions.
 
         Raises:
             NotMeasuredError: if there is too little memory for the cache of a layer.
@@ -180,16 +183,16 @@ class Devices:
         caches = [[self._ones("bfloat16", 1, SHARED_HEADS, tokens, HEAD_WIDTH) for _ in "kv"] for _ in range(count)]
         query = self._ones("bfloat16", 1, HEADS, queries, HEAD_WIDTH)
         attend = partial(torch_attention(), is_causal=is_prefill, enable_gqa=True)
-        threads = min(self._threads, HEADS)  # of one query, each has a head at least
+        threads = min(self._threads, HEADS)  # for one query, each thread has at least one head
         seconds = self._seconds(lambda: [attend(query, *cache) for cache in caches], CPU, threads=threads)
         asked = f"{queries} queries" if is_prefill else "a query"
         method = f"{asked} of {HEADS} heads, {tokens} tokens of {SHARED_HEADS} heads, bfloat16"
         return Rate.of(4 * count * HEADS * queries * tokens * HEAD_WIDTH, seconds, method)
 
     def experts(self, available_bytes: int) -> Rate:
-        """Return the bytes a second that the CPU reads of experts, as a token is multiplied by those that it chooses.
+        """Return the bytes of experts per second that the CPU reads and multiplies for the choices of a token.
 
-        That is beside what so many products take at least, where `layers` found that.
+        The least time of the products is excluded, if `layers` has measured it.
 
         Raises:
             NotMeasuredError: if there is too little memory for the experts of a token.
@@ -214,12 +217,13 @@ class Devices:
         return Rate.of(sum(weight.nbytes for weight in weights), reading, method)
 
     def dispatches(self, device: Device) -> Rate:
-        """Return the operations a second that this machine's Python and torch dispatch, as models ask for them.
+        """Return the operations per second that this machine's Python and torch dispatch in models.
 
-        A Llama so narrow that a device has next to nothing to do: what it takes is what the host takes, on one thread.
+        It runs a Llama that is so narrow that a device has almost nothing to do, so that its time is that of the host,
+        on one thread.
 
         Raises:
-            TooNoisyError: if other work took the CPU meanwhile: then nothing that was measured here is of use.
+            TooNoisyError: if other work used the CPU meanwhile, so that no measurement on this machine is reliable.
         """
         from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -234,7 +238,9 @@ class Devices:
         return Rate.of(count, seconds, method)
 
     def flops(self, device: Device, dtype: str | None = None) -> Rate:
-        """Return the operations a second of a square linear layer: in bfloat16, or in float16 where it has none."""
+        """Return the operations per second of a square linear layer, in bfloat16, or in float16 if the device has
+        none.
+        """
         dtype = dtype or str(self._half_precision(device)).removeprefix("torch.")
         size, seconds = SMALLEST_MATRIX // 2, 0.0
         while seconds < LONG_ENOUGH_SECONDS and size < LARGEST_MATRIX:
@@ -245,7 +251,7 @@ class Devices:
         return Rate.of(2 * size**3, self._seconds(layer, device), f"{dtype} linear layers of {size} by {size}")
 
     def from_host(self, accelerators: Iterable[SeenAccelerator], *, is_pinned: bool) -> Rate:
-        """Return the bytes a second from the CPU to the accelerator that is slowest to reach."""
+        """Return the bytes per second from the CPU to the accelerator with the slowest link."""
         rates = []
         for seen in accelerators:
             size_bytes = self._size(seen)
@@ -255,7 +261,7 @@ class Devices:
         return min(rates, key=lambda rate: rate.per_second)
 
     def from_host_at_once(self, accelerators: Sequence[SeenAccelerator], available_bytes: int) -> Rate:
-        """Return the bytes a second from pinned memory of the CPU to all accelerators together."""
+        """Return the bytes per second from pinned memory of the CPU to all accelerators together."""
         count = len(accelerators)
         most_bytes = min(available_bytes // SHARE_OF_FREE, AT_ONCE_BYTES) // count
         size_bytes = min(most_bytes, *map(self._size, accelerators))
@@ -271,7 +277,7 @@ class Devices:
         return Rate.of(count * size_bytes, seconds, method)
 
     def between(self, first: SeenAccelerator, second: SeenAccelerator) -> Rate:
-        """Return the bytes a second from one accelerator to another, in the slower direction."""
+        """Return the bytes per second from one accelerator to another, in the slower direction."""
         size_bytes = min(self._size(first), self._size(second))
         ways = ((first.id, second.id), (second.id, first.id))
         slower = max((self._copying_seconds(size_bytes, *way) for way in ways), key=median)
@@ -279,11 +285,11 @@ class Devices:
 
     @property
     def _threads(self) -> int:
-        """The number of threads that a product keeps busy; on Apple's chips others than torch's do the work."""
+        """The number of threads that a product uses; on Apple's chips, other threads than torch's do the work."""
         return 1 if sys.platform == "darwin" else min(self._torch.get_num_threads(), usable_threads())
 
     def _count(self, each_bytes: int, available_bytes: int, most_bytes: int) -> int:
-        """Return the number of things of a size that there is room for, within so many bytes."""
+        """Return the number of items of a size that fit in the available memory, within a limit."""
         count = min(most_bytes, available_bytes // SHARE_OF_FREE) // each_bytes
         if not count:
             raise NotMeasuredError("there is too little memory free")
@@ -309,16 +315,16 @@ class Devices:
         return self._seconds(partial(target.copy_, source), start, end)
 
     def _buffer(self, size_bytes: int, device: Device) -> Any:
-        """Return memory that was written to: what never was is not there to be copied."""
+        """Return memory that was written to, because untouched memory is not allocated."""
         return self._torch.ones(size_bytes, dtype=self._torch.uint8).to(str(device))
 
     def _seconds(
         self, action: Callable[[], Any], *devices: Device, threads: int = 0, limit_seconds: float | None = None
     ) -> list[float]:
-        """Return the seconds in which the devices have done what an action gives them, of passes until the time is up.
+        """Return the seconds of passes of an action, including the devices' work, until the time is up.
 
         Raises:
-            TooNoisyError: if fewer than so many `threads` of this process were at work meanwhile.
+            TooNoisyError: if fewer than `threads` threads of this process were running meanwhile.
         """
 
         def run() -> None:
@@ -326,7 +332,7 @@ class Devices:
             for device in devices:
                 self._wait(device)
 
-        run()  # the first time, kernels are loaded and buffers made
+        run()  # the first pass loads kernels and allocates buffers
         began, worked = self._clock(), self._processor()
         seconds = passes(run, self._clock, self._limit_seconds if limit_seconds is None else limit_seconds)
         elapsed, at_work = self._clock() - began, self._processor() - worked
@@ -345,7 +351,7 @@ class Devices:
             self._torch.set_num_threads(threads)
 
     def _wait(self, device: Device) -> None:
-        """Wait until a device has done what it was given: accelerators work on their own."""
+        """Wait until a device has done its work, as accelerators work asynchronously."""
         wait = getattr(getattr(self._torch, device.kind, None), "synchronize", None)
         if wait is not None and device != CPU:
             with suppress(NotImplementedError):

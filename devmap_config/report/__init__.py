@@ -1,1 +1,1 @@
-"""A plan as a page and as a picture, made of what `--format json` prints of it."""
+"""Renders a plan as a page and as a picture, from the output of `--format json`."""

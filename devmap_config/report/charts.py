@@ -1,4 +1,4 @@
-"""Charts of a report: memory over time, what phases wait for, and what was predicted beside what was measured."""
+"""Charts of a report: memory over time, the resources that phases wait for, and predictions beside measurements."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
 HEIGHT = 100
-"""The charts' own units, of which their drawings make pixels."""
+"""The height of a chart in its own units, which drawings scale to pixels."""
 
 ROOM = 1.08
-"""How far a chart goes beyond the most that it shows."""
+"""The height of a chart relative to its largest value."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,7 +76,7 @@ class PhaseWaits:
 class MeasuredBar:
     """A figure as predicted and as measured, as text, and as bars in percent of the longer of the two.
 
-    `unaccounted` is what was measured beyond the prediction, where that is memory.
+    `unaccounted` is the memory that was measured beyond the prediction.
     """
 
     receipt: str
@@ -101,7 +101,7 @@ def spans_of(simulation: Mapping[str, Any]) -> tuple[PhaseSpan, ...]:
 
 
 def memory_charts(simulation: Mapping[str, Any], plan: Mapping[str, Any]) -> tuple[MemoryChart, ...]:
-    """Return a chart for each device that held something besides weights, all to one scale."""
+    """Return a chart for each device that held anything besides weights, all on one scale."""
     steps = simulation["steps"]
     series = {each["id"]: list(_live(each["id"], steps)) for each in simulation["devices"]}
     busy = {device: live for device, live in series.items() if any(live)}
@@ -136,7 +136,7 @@ def memory_charts(simulation: Mapping[str, Any], plan: Mapping[str, Any]) -> tup
 
 
 def _live(device: str, steps: Sequence[Mapping[str, Any]]) -> Iterator[int]:
-    """Yield what a device held in each step; where nothing came or went, it is as before."""
+    """Yield the memory of a device in each step; without a change, it is that of the step before."""
     now = 0
     for step in steps:
         now = step["live_bytes"].get(device, now)
@@ -174,7 +174,7 @@ PROCESS = {
     "library_file": "pages of libraries' files",
     "peak": "the process at most",
 }
-"""Of a plan of the CPU: what the process holds, of which tensors alone are a part."""
+"""The memory of the process for a plan on the CPU, which is more than the tensors."""
 OF_TENSORS = ("running", "loading")
 TIMES = {"token": "a token", "prefill": "a prefill", "load": "loading"}
 
@@ -192,7 +192,9 @@ def comparisons_of(cases: Sequence[Mapping[str, Any]]) -> tuple[MeasuredBar, ...
 
 
 def _tells_of_the_process(case: Mapping[str, Any]) -> bool:
-    """Return whether it was predicted what the process holds at most: to tensors alone that is not to be compared."""
+    """Return whether the peak of the process was predicted, which cannot be compared with a prediction of only
+    tensors.
+    """
     return any(
         figure["name"] == "peak" and None not in (figure["predicted"], figure["seen"]) for figure in case["figures"]
     )
@@ -248,7 +250,7 @@ HELD = {
 
 
 def device_changes(diff: Mapping[str, Any]) -> tuple[DeviceChange, ...]:
-    """Return what devices hold in each of two plans, to one scale."""
+    """Return the memory of devices in each of two plans, on one scale."""
     uses = [use for change in diff["devices"] for use in (change["before"], change["after"]) if use is not None]
     widest_bytes = max((use["capacity_bytes"] - use["free_bytes"] for use in uses), default=1) or 1
     return tuple(

@@ -38,12 +38,12 @@ MODES = {
     "computed-on-cpu": "computed on the CPU, where it is",
     "tensor-parallel": "a share of each layer, beside the others of its group",
 }
-"""How weights come to where they run, by the mode of a run."""
+"""The descriptions of the modes of runs."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlanFigure:
-    """A figure of a plan, and what is to be known of it."""
+    """A figure of a plan, with a note on it."""
 
     name: str
     value: str
@@ -52,10 +52,10 @@ class PlanFigure:
 
 @dataclass(frozen=True)
 class View:
-    """A plan as its part of the page shows it.
+    """A plan in the form that its part of the page shows.
 
     Attributes:
-        told: what is told of its profile, as `--format json` has it.
+        told: the data of its profile, in the form of `--format json`.
         number: its place on the page; names of its rows begin with it.
     """
 
@@ -74,7 +74,7 @@ class View:
 
     @property
     def plan(self) -> Mapping[str, Any]:
-        """The plan, as `--format json` has it."""
+        """The plan, in the form of `--format json`."""
         plan: Mapping[str, Any] = self.told["plan"]
         return plan
 
@@ -105,7 +105,7 @@ class View:
 
     @property
     def unit(self) -> str:
-        """The phase of which the time of a block's other places is given."""
+        """The phase for which the times of a block's other places are given."""
         has_token = self.plan["prediction"]["decode_nanoseconds_per_token"] is not None
         return PHASES["decode" if has_token else "prefill"]
 
@@ -132,7 +132,7 @@ class View:
 
     @property
     def devices(self) -> Iterator[Mapping[str, str]]:
-        """The memory of each device, in words; devices that hold as much of everything are one row."""
+        """The memory of each device, in words; devices with equal memory are one row."""
         alike: dict[tuple[str, ...], list[str]] = {}
         for use in self.plan["devices"]:
             sizes = (format_bytes(use[f"{key}_bytes"]) if use[f"{key}_bytes"] else "–" for key in COLUMNS)
@@ -143,13 +143,15 @@ class View:
 
     @property
     def workload(self) -> str:
-        """The workload in a sentence; empty if the profile has none, or if the description of the stages has it."""
+        """The workload in a sentence; empty if the profile has none, or if the description of the stages includes
+        it.
+        """
         workload = self.told.get("workload")
         return "" if workload is None or self.stages else _workload(workload)
 
     @property
     def links(self) -> tuple[Mapping[str, Any], ...]:
-        """The bytes over each link, phase by phase; links from a device that carry the same are one row."""
+        """The bytes over each link, phase by phase; links from one device with equal bytes are one row."""
         links: dict[tuple[str, str], dict[str, Any]] = {}
         for use in (self.told["simulation"] or {"links": ()})["links"]:
             pair = (use["source"], use["target"])
@@ -216,7 +218,7 @@ def _stages(pipeline: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
     """Yield each stage in words, with its time for a token in percent of the slowest one's."""
     stages = pipeline["stages"]
     slowest = max((stage["decode_nanoseconds"] or 0 for stage in stages), default=0)
-    for number, stage in enumerate(stages):  # as vLLM counts them
+    for number, stage in enumerate(stages):  # numbered as in vLLM
         times = {key: stage[f"{key}_nanoseconds"] for key in ("decode", "prefill")}
         yield {
             "number": number,
@@ -252,7 +254,7 @@ def _workload(workload: Mapping[str, Any]) -> str:
 
 
 def _alternatives(alternatives: Iterable[Mapping[str, Any]]) -> Iterator[Mapping[str, str]]:
-    """Yield what other places of a block would cost, those together that cost the same."""
+    """Yield the costs of other places of a block, with equal costs grouped."""
     alike: dict[tuple[str, str, str], list[str]] = {}
     for other in alternatives:
         stored_on, runs_on = other["location"]["stored_on"], other["location"]["runs_on"]
@@ -273,7 +275,7 @@ def _and(words: Sequence[str]) -> str:
 
 
 COLUMNS = ("capacity", "weights", "kv_cache", "activation", "overhead", "free")
-"""What the table of devices shows, by the keys of a plan's `devices`."""
+"""The columns of the table of devices, by the keys of a plan's `devices`."""
 
 
 def _figures(plan: Mapping[str, Any]) -> Iterator[PlanFigure]:
@@ -309,10 +311,10 @@ def page_of(
     """Return the page of some plans.
 
     Args:
-        reports: what is told of each profile.
-        diff: the difference of two plans, as `devmap diff --format json` has it.
+        reports: the data of each profile.
+        diff: the difference between two plans, in the form of `devmap diff --format json`.
         sides: the names of these two.
-        cases: what receipts hold, as `devmap receipts --format json` has it.
+        cases: the cases of receipts, in the form of `devmap receipts --format json`.
         version: that of devmap-config.
     """
     templates = _templates()
@@ -345,13 +347,13 @@ def svg_of(told: Mapping[str, Any]) -> str:
 
 
 GEOMETRY = Geometry(row=86, head=44, middle=37)
-"""Of the page, whose style has the same heights."""
+"""The sizes on the page, whose stylesheet has the same heights."""
 
 SVG_GEOMETRY = Geometry(row=84, head=36, middle=34)
 
 
 def _templates() -> Environment:
-    """Return the templates: what is put into them is text, and nothing else."""
+    """Return the templates, which escape everything that is put into them."""
     templates = Environment(
         loader=PackageLoader("devmap_config.report"),
         autoescape=True,
@@ -366,7 +368,7 @@ def _templates() -> Environment:
 
 
 def _prose(text: str) -> Markup:
-    """Return a text in which what is between backticks is code."""
+    """Return a text with code elements for the parts in backticks."""
     parts = enumerate(text.split("`"))
     return Markup("").join(Markup("<code>{}</code>").format(part) if number % 2 else part for number, part in parts)
 
@@ -405,7 +407,7 @@ FIGURES = {
 
 
 def _figure_changes(diff: Mapping[str, Any]) -> Iterator[Mapping[str, str]]:
-    """Yield what is different of the plans as wholes, and of what they are predicted to take."""
+    """Yield the differences between the plans as a whole, and between their predictions."""
     for name, change in diff["settings"].items():
         values = {
             side: "–" if change[side] is None else visible(in_words(change[side])) for side in ("before", "after")

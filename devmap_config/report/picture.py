@@ -1,4 +1,4 @@
-"""The picture of a plan: hosts, their devices to scale with what they hold, and what goes over the links."""
+"""The picture of a plan: hosts, their devices to scale with their contents, and the bytes over the links."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PARTS: Mapping[Kind, str] = {
     "overhead": "overhead_bytes",
     "free": "free_bytes",
 }
-"""What a device holds besides weights, in the order in which it is drawn, by its key in a plan's `devices`."""
+"""The parts of a device besides weights, in the order of drawing, with their keys in a plan's `devices`."""
 
 LEGEND: Mapping[str, str] = {
     "resident": "weights that run where they are",
@@ -34,16 +34,16 @@ LEGEND: Mapping[str, str] = {
     "overhead": "room for weights that are copied in",
     "free": "free",
 }
-"""What is drawn, by the class of its parts."""
+"""The legend, by the style of parts."""
 
 LEAST_SHARE = 0.15
-"""Percent of the picture's width below which a part is not drawn: it would be narrower than a line."""
+"""The percentage of the picture's width below which a part is not drawn, as it would be narrower than a line."""
 
 LEAST_CELL = 0.35
-"""Percent of the picture's width from which on the blocks of a run are told apart."""
+"""The least percentage of the picture's width for drawing a block of a run by itself."""
 
 CUT_OFF = 1.25
-"""So many times what it holds is drawn of a CPU's memory or of a disk that is larger than all accelerators."""
+"""If a CPU's memory or a disk is larger than all accelerators, this multiple of its contents is drawn."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,14 +52,14 @@ class Part:
 
     Attributes:
         kind: what it is.
-        style: the class by which it is drawn: how weights come to where they run, else the kind.
+        style: the style of drawing: the mode of weights, or else the kind.
         label: its name in a few letters.
         title: its name in full.
         size_bytes: how large it is.
-        start: where it begins in the bar, in percent of what is drawn of it.
-        share: how wide it is, in percent of that.
-        cells: how many blocks are told apart in it.
-        anchor: the row of the page's table that says more of it; `""` where none does.
+        start: the start in the bar, in percent of its drawn part.
+        share: the width, in percent of the same.
+        cells: the number of blocks that are drawn separately.
+        anchor: the row of the page's table with more about it; `""` if there is none.
     """
 
     kind: Kind
@@ -82,8 +82,8 @@ class Part:
 class Bar:
     """A device with what it holds.
 
-    `name` is that on its own host. `width` is what is drawn of its capacity, in percent of the picture's; `is_cut`
-    tells that some is not drawn.
+    `name` is that on its own host. `width` is the drawn part of its capacity, in percent of the picture's width;
+    `is_cut` says that a part is not drawn.
     """
 
     device: str
@@ -112,7 +112,7 @@ class Bar:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PictureHost:
-    """A machine; `name` is `None` if the profile has but one."""
+    """A machine; `name` is `None` if the profile has only one."""
 
     name: str | None
     bars: tuple[Bar, ...]
@@ -120,7 +120,7 @@ class PictureHost:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Arc:
-    """The bytes that go from the bar of one row to that of another while a token is decoded.
+    """The bytes that are copied from the device of one row to that of another while a token is decoded.
 
     Attributes:
         lane: the distance from the bars, such that no two arcs cross.
@@ -137,7 +137,9 @@ class Arc:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Picture:
-    """All of it. `scale_bytes` is the memory that is as wide as the picture, `unit` what arcs are of: a token."""
+    """The whole picture. `scale_bytes` is the memory that the full width stands for, `unit` the unit of the arcs'
+    bytes: a token.
+    """
 
     hosts: tuple[PictureHost, ...]
     arcs: tuple[Arc, ...]
@@ -161,8 +163,8 @@ def picture_of(told: Mapping[str, Any], prefix: str = "") -> Picture:
     """Return the picture of a plan.
 
     Args:
-        told: what is told of a profile: its `plan`, `runs`, `hardware` and `simulation`, as `--format json` has them.
-        prefix: what the names of the page's rows begin with.
+        told: the data of a profile: its `plan`, `runs`, `hardware` and `simulation`, in the form of `--format json`.
+        prefix: the prefix of the names of the page's rows.
     """
     devices = told["plan"]["devices"]
     scale_bytes = _scale_bytes(devices)
@@ -184,7 +186,7 @@ def picture_of(told: Mapping[str, Any], prefix: str = "") -> Picture:
 
 
 def _scale_bytes(devices: Sequence[Mapping[str, Any]]) -> int:
-    """Return the memory that is as wide as the picture; free memory counts for accelerators only."""
+    """Return the memory that the picture's width stands for; free memory counts only for accelerators."""
     accelerators = [use["capacity_bytes"] for use in devices if Device.from_text(use["id"]).is_accelerator]
     others = [
         min(use["capacity_bytes"], int(CUT_OFF * (use["capacity_bytes"] - use["free_bytes"])))
@@ -243,7 +245,7 @@ def _bar(
 def _contents(
     use: Mapping[str, Any], runs: Sequence[Mapping[str, Any]], prefix: str
 ) -> Iterator[tuple[Kind, str, tuple[str, ...], int, int, str]]:
-    """Yield what a device holds: kind, style, names, bytes, blocks, and the row that says more."""
+    """Yield the contents of a device: kind, style, names, bytes, blocks, and the row with more about it."""
     rows = rows_of_runs(runs)
     for number, run in enumerate(runs):
         if run["device"] == use["id"]:
@@ -255,7 +257,7 @@ def _contents(
 
 
 def rows_of_runs(runs: Sequence[Mapping[str, Any]]) -> tuple[int, ...]:
-    """Return, for each run, the number of the first that differs from it by its device alone: they share a row.
+    """Return, for each run, the number of the first one that differs from it only by its device, and shares its row.
 
     Such are the shares of the devices of a tensor-parallel group.
     """
@@ -272,7 +274,7 @@ NUMBERS = re.compile(r"^(\d+|\[[\d,/-]+\])$")
 
 
 def short(patterns: Sequence[str]) -> str:
-    """Return a few letters for what patterns match.
+    """Return a short label for the matches of patterns.
 
     >>> short(["model.layers.[0-9]"]), short(["layers.[0-31/2].mlp", "layers.[0-31/2].norm"]), short(["model.norm"])
     ('layers 0–9', 'layers 0–31/2, 2 parts', 'norm')
@@ -290,16 +292,18 @@ def short(patterns: Sequence[str]) -> str:
 
 
 PHASES = {"decode": "a token", "prefill": "a prefill"}
-"""What is computed in a phase."""
+"""The unit of work of a phase."""
 
 
 def last_phase(simulation: Mapping[str, Any] | None) -> str | None:
-    """Return the phase of which a picture tells what crosses: decoding, of models that do."""
+    """Return the phase whose transfers a picture shows: decoding, if the model decodes."""
     return simulation["links"][-1]["phase"] if simulation and simulation["links"] else None
 
 
 LEAST_OF_LINKS = 0.02
-"""What share of the busiest link's bytes another carries that is drawn; weights and activations apart."""
+"""The least share of the busiest link's bytes for which another link is drawn, separately for weights and
+activations.
+"""
 
 
 def _links(simulation: Mapping[str, Any] | None, rows: Mapping[str, int]) -> Iterator[Mapping[str, Any]]:
@@ -319,7 +323,7 @@ def _links(simulation: Mapping[str, Any] | None, rows: Mapping[str, int]) -> Ite
 
 
 def _flows(device: str, links: Iterable[Mapping[str, Any]]) -> Iterator[str]:
-    """Yield what a device is given, in words."""
+    """Yield the bytes that a device receives, in words."""
     for link in links:
         if link["target"] == device:
             source = link.get("sender", link["source"])
@@ -331,11 +335,11 @@ def _of_weights(link: Mapping[str, Any]) -> str:
 
 
 THICKER_BYTES = (2**20, 2**30)
-"""From so many bytes on an arc is drawn thicker."""
+"""The numbers of bytes from which an arc is drawn thicker."""
 
 
 def _arcs(links: Sequence[Mapping[str, Any]], rows: Mapping[str, int]) -> tuple[Arc, ...]:
-    """Return the arcs, short ones nearest to the bars."""
+    """Return the arcs, with short ones nearest to the bars."""
     taken: list[list[tuple[float, float]]] = []
     arcs = []
     for link in sorted(links, key=lambda link: abs(rows[link["source"]] - rows[link["target"]])):
@@ -362,7 +366,9 @@ def _arcs(links: Sequence[Mapping[str, Any]], rows: Mapping[str, int]) -> tuple[
 
 
 def _sent(told: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    """Yield what each stage of a pipeline sends to the next for a token of a request, as links are told."""
+    """Yield the bytes that each stage of a pipeline sends to the next for a token of a request, in the form of
+    links.
+    """
     pipeline = told["plan"].get("pipeline")
     stages = [] if pipeline is None else [stage["devices"] for stage in pipeline["stages"]]
     for before, after in pairwise(stages):
@@ -382,7 +388,9 @@ def _are_apart(one: tuple[float, float], other: tuple[float, float]) -> bool:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Geometry:
-    """The sizes of a drawing in pixels: of a row, of a host's name above its rows, to a bar's middle, of a lane."""
+    """The sizes of a drawing in pixels: the height of a row, the height of a host's name, the middle of a bar, the
+    width of a lane.
+    """
 
     row: int
     head: int
@@ -391,7 +399,7 @@ class Geometry:
     margin: int = 12
 
     def tops(self, picture: Picture) -> tuple[int, ...]:
-        """Return where each row begins."""
+        """Return the top of each row."""
         tops, top = [], 0
         for host in picture.hosts:
             top += 0 if host.name is None else self.head
@@ -401,20 +409,20 @@ class Geometry:
         return tuple(tops)
 
     def height(self, picture: Picture) -> int:
-        """Return how high all rows are."""
+        """Return the height of all rows."""
         return self.row * len(picture.bars) + self.head * sum(host.name is not None for host in picture.hosts)
 
     def gutter(self, picture: Picture) -> int:
-        """Return how wide the lanes are."""
+        """Return the width of the lanes."""
         return self.lane * picture.lanes + self.margin if picture.arcs else 0
 
     def paths(self, picture: Picture) -> Iterator[tuple[Arc, str, str]]:
-        """Yield each arc with the path of its line and of its head, which end at the right of the gutter."""
+        """Yield each arc with the paths of its line and of its head, which end at the right of the gutter."""
         middles = [top + self.middle for top in self.tops(picture)]
         right, step = self.gutter(picture), min(5, 20 // max(picture.lanes, 1))
         for arc in picture.arcs:
             down = 1 if arc.target > arc.source else -1
-            beside = 3 + step * (picture.lanes - 1 - arc.lane)  # the nearer to the bars, the further from the middle
+            beside = 3 + step * (picture.lanes - 1 - arc.lane)  # arcs nearer to the bars start further from the middle
             start, end = middles[arc.source] + down * beside, middles[arc.target] - down * beside
             left, bend = right - self.margin - self.lane * arc.lane, 4 * down
             line = f"M{right} {start}H{left + 4}q-4 0 -4 {bend}V{end - bend}q0 {bend} 4 {bend}H{right - 4}"

@@ -69,9 +69,7 @@ def _apart(render: Callable[[], str], most: int) -> tuple[str, str]:
     """Render in a process of its own, which the system ends at the limits."""
     reader, writer = os.pipe()
     with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore", DeprecationWarning
-        )  # about forking with threads: the child needs none of their locks
+        warnings.simplefilter("ignore", DeprecationWarning)  # of forking with threads, whose locks are not needed
         child = os.fork()
     if child == 0:
         try:

@@ -31,9 +31,7 @@ def load_processor(request: LoadRequest, *, of_images: bool, with_text: bool) ->
             processor = loader.from_pretrained(
                 request.weights, revision=request.revision, trust_remote_code=request.trust_remote_code
             )
-        except (
-            Exception
-        ) as error:  # a processor's own code may raise anything; without files, transformers' message says why
+        except Exception as error:  # a processor's own code may raise anything
             errors.append(error)
             continue
         if not isinstance(processor, PreTrainedTokenizerBase) and (

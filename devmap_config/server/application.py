@@ -1,4 +1,4 @@
-"""The server: OpenAI's paths, with its answers, errors and streams."""
+"""The server: OpenAI's paths, with answers, errors and streams in its format."""
 
 from __future__ import annotations
 
@@ -58,13 +58,13 @@ class Answer:
         return isinstance(self.asked, ChatCompletion)
 
     async def whole(self) -> dict[str, Any]:
-        """Return all of it, once it is written."""
+        """Return the whole answer, once it is generated."""
         content = "".join([piece async for piece in self.text.pieces()])
         told = {"message": {"role": "assistant", "content": content}} if self.is_chat else {"text": content}
         return self._told([self._choice(told, self.text.finish_reason)], usage=self._usage())
 
     async def events(self) -> AsyncIterator[str]:
-        """Yield it as server-sent events, piece by piece."""
+        """Yield the answer as server-sent events, piece by piece."""
         options = self.asked.stream_options
         usage = {"usage": None} if options.include_usage else {}
         if self.is_chat:
@@ -106,7 +106,7 @@ def _event(value: Any) -> str:
 
 @dataclass(frozen=True)
 class _EventStream:
-    """A response of events, after which nothing more of the text is written: its client may have gone away."""
+    """A response of events that stops the text when it ends, because its client may have disconnected."""
 
     answer: Answer
 
@@ -125,10 +125,10 @@ class Service:
 
     Attributes:
         model: its name.
-        writer: writes what is asked for.
-        is_local: whether only this machine reaches the server, so that no other name leads to it rightly.
-        tell: is told what the model fails by.
-        created: when it was loaded, in seconds since 1970.
+        writer: generates the texts.
+        is_local: whether only this machine reaches the server, so that requests by other host names are refused.
+        tell: called with the errors of the model.
+        created: the time of loading, in seconds since 1970.
     """
 
     model: str
@@ -138,7 +138,7 @@ class Service:
     created: int = field(default_factory=lambda: int(time.time()))
 
     def application(self) -> Starlette:
-        """Return the application that a server runs."""
+        """Return the ASGI application."""
         routes = [
             Route("/health", self._health),
             Route("/v1/models", self._models),
@@ -185,12 +185,14 @@ class Service:
             )
 
     def _require_local(self, request: Request) -> None:
-        """Refuse what a page in a browser sends here: by a name of its own for this machine, or as a form's text."""
+        """Refuse requests from pages in a browser: with another host name for this machine, or as the text of a
+        form.
+        """
         if self.is_local and not _names_this_machine(request.headers.get("host", "")):
             raise RequestError("the server listens to this machine alone, by its own names", status=403)
 
     async def _refused(self, _request: Request, error: Any) -> Response:
-        if isinstance(error, HTTPException):  # of starlette's own: a path or a method that there is not
+        if isinstance(error, HTTPException):  # starlette's own: an unknown path or method
             error = RequestError(error.detail, status=error.status_code, headers=error.headers)
         self._tell(error)
         return JSONResponse(error.to_json(), error.status, error.headers)
@@ -208,7 +210,7 @@ def _names_this_machine(host: str) -> bool:
 
 
 def _nobody(*_arguments: Any) -> Response:
-    """Return what is answered where nobody is there to read it."""
+    """Return the response for a client that has disconnected."""
     return Response(status_code=499)
 
 
@@ -216,7 +218,7 @@ async def _body(request: Request) -> bytes:
     """Return a request's body.
 
     Raises:
-        RequestError: if it is no JSON, by its header, or more than is read.
+        RequestError: if it is not JSON, by its header, or too large.
     """
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         raise RequestError("the body is to be `application/json`", status=415)
@@ -229,7 +231,7 @@ async def _body(request: Request) -> bytes:
 
 
 async def _whole(answer: Answer, request: Request) -> dict[str, Any]:
-    """Return an answer once it is written, unless the client goes away before."""
+    """Return an answer once it is generated, unless the client disconnects before."""
     writing = asyncio.ensure_future(answer.whole())
     try:
         while not (await asyncio.wait({writing}, timeout=POLL_SECONDS))[0]:
@@ -242,7 +244,7 @@ async def _whole(answer: Answer, request: Request) -> dict[str, Any]:
 
 
 def listen(service: Service, listener: socket.socket) -> None:
-    """Serve at a socket until the process is told to end, and then finish what has begun."""
+    """Serve at a socket until the process is told to end, and then finish the requests that have begun."""
     config = uvicorn.Config(
         service.application(),
         http="h11",
@@ -253,20 +255,20 @@ def listen(service: Service, listener: socket.socket) -> None:
         proxy_headers=False,
         server_header=False,
         limit_concurrency=MOST_CONNECTIONS,
-        timeout_graceful_shutdown=GRACE_SECONDS + 5,  # for what has no end when it is cut: a client that does not read
+        timeout_graceful_shutdown=GRACE_SECONDS + 5,  # for connections whose client does not read
     )
     server = uvicorn.Server(config)
     begin_to_end, timer = server.handle_exit, Timer(GRACE_SECONDS, service.writer.cut)
 
     def stop(number: int, frame: Any) -> None:
-        if server.should_exit:  # told again
+        if server.should_exit:  # a second signal
             service.writer.cut()
         else:
             begin_to_end(number, frame)
             timer.start()
 
     server.handle_exit = stop
-    # uvicorn raises a signal again once it has stopped: that is not to end the process otherwise than well.
+    # uvicorn raises the signal again once it has stopped, which must not change the exit code.
     before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     server.run([listener])
     timer.cancel()

@@ -1,4 +1,4 @@
-"""Images and sound in requests: data that comes with them, never an address, and no more than the plan has room for."""
+"""Reads images and sound in requests: only data within them, never a URL, and no more than the plan has room for."""
 
 from __future__ import annotations
 
@@ -29,23 +29,23 @@ if TYPE_CHECKING:
     from devmap_config.server.requests import GenerationRequest
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF")
-"""Of which images are read, as OpenAI has it: Pillow knows many more, which strangers need not try."""
+"""The formats of images that are read, which are OpenAI's; Pillow's many others are not exposed to strangers."""
 
 MARKS = ("image_token", "boi_token", "audio_token", "video_token")
-"""As processors call what stands for images and sound in a text."""
+"""The attributes of processors for the marks of images and sound in a text."""
 
 NOT_PLANNED = "write `workload.inputs` into the profile, and compile again"
 
 
 @dataclass(frozen=True, kw_only=True)
 class MediaReader:
-    """Makes a model's inputs of requests with images or sound, or says why it takes none.
+    """Makes a model's inputs for requests with images or sound, or says why they are not supported.
 
     Attributes:
-        planned: the workload that the plan was measured with; `None` if with text alone.
-        processor: the checkpoint's; `None` if there is none, or no need for one.
-        reason: why no images and no sound are taken; `None` if they are.
-        most_numbers: how many numbers the planned ones are, as the model is given them.
+        planned: the workload that the plan was measured with; `None` if only with text.
+        processor: the checkpoint's processor; `None` if there is none, or none is needed.
+        reason: why images and sound are not supported; `None` if they are.
+        most_numbers: the number of elements of the planned images and sound.
     """
 
     planned: WorkloadShape | None = None
@@ -54,17 +54,17 @@ class MediaReader:
     most_numbers: int = 0
 
     def of_model(self, model: PreTrainedModel, request: LoadRequest) -> MediaReader:
-        """Return the same for a model that is loaded by now.
+        """Return the reader for the loaded model.
 
         Raises:
-            RunnerError: if it does not run with what was planned.
+            RunnerError: if the model does not run with the planned inputs.
         """
         if self.planned is None:
             return self
         return replace(self, most_numbers=numbers_planned(model, request, self.planned))
 
     def require_text(self, text: str) -> None:
-        """Check that a text holds nothing that stands for an image or a sound.
+        """Check that a text contains no mark of an image or a sound.
 
         Raises:
             RequestError: if it does.
@@ -77,7 +77,7 @@ class MediaReader:
         """Return a model's inputs for a chat with images or sound.
 
         Raises:
-            RequestError: if they are not what is taken, or more than the plan has room for.
+            RequestError: if they are of an unsupported kind, or more than the plan has room for.
             RunnerError: if the processor or the chat template does not take them.
         """
         name, planned = model_class.__name__, self.planned
@@ -116,7 +116,7 @@ class MediaReader:
 
 
 def media_reader(measurement: Measurement | None, request: LoadRequest) -> MediaReader:
-    """Return what reads the images and the sound of requests for a model that is to be loaded."""
+    """Return the reader of images and sound in requests, for a model that will be loaded."""
     media = None if measurement is None else measurement.media
     if measurement is None or media is None:
         return MediaReader()
@@ -152,7 +152,7 @@ def _decoded(data: str) -> bytes:
 
 @contextmanager
 def _told_of(place: str) -> Iterator[None]:
-    """Raise as a refusal of a field why what it holds cannot be read."""
+    """Turn errors of reading the content of a field into a refusal of that field."""
     try:
         yield
     except FileError as error:

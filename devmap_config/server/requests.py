@@ -1,4 +1,4 @@
-"""Reads what a client asks for: OpenAI's fields, of which each is taken as it is meant or refused by its name."""
+"""Reads requests in OpenAI's format; each field is either obeyed or refused by name."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 MOST_CONNECTIONS = 512
-"""Of more at once each is told that the server is busy (503)."""
+"""The most connections at once; further ones are answered with 503, as the server is busy."""
 
 NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "n": (1,),
@@ -33,20 +33,20 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "store": (False,),
     "service_tier": ("auto", "default"),
 }
-"""Fields of what is not done here, with their values that do not ask for it."""
+"""Fields of unsupported features, with the values that do not request them."""
 
 ABOUT_THE_CLIENT = ("user", "metadata", "safety_identifier", "prompt_cache_key")
-"""Fields that change nothing of what is written."""
+"""Fields without an effect on the text."""
 
 
 class RequestError(Exception):
-    """A request is answered by an error.
+    """A request is answered with an error.
 
     Attributes:
         status: the HTTP status.
-        param: the field that is wrong, if it is one.
-        code: what is wrong, in OpenAI's words.
-        headers: of the answer.
+        param: the wrong field, if there is one.
+        code: OpenAI's code of the error.
+        headers: the headers of the answer.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class RequestError(Exception):
         self.status, self.param, self.code, self.headers = status, param, code, headers
 
     def to_json(self) -> dict[str, Any]:
-        """Return it in OpenAI's form."""
+        """Return the error in OpenAI's format."""
         kinds = {429: "rate_limit_error", **dict.fromkeys((500, 503), "server_error")}
         kind = kinds.get(self.status, "invalid_request_error")
         return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
@@ -111,7 +111,7 @@ class MessagePart(_Section):
 
     @property
     def in_template(self) -> dict[str, str]:
-        """The part as a chat template takes it: images and sounds are given to the processor."""
+        """The part in the form for a chat template; the processor takes the images and sounds."""
         if self.text is not None:
             return {"type": "text", "text": self.text}
         return {"type": "image" if self.image_url is not None else "audio"}
@@ -131,7 +131,7 @@ class ChatMessage(_Section):
 
     @property
     def in_template(self) -> dict[str, Any]:
-        """The message as a chat template takes it: what is text alone, as one text."""
+        """The message in the form for a chat template; a message of only text is one text."""
         texts = [part.text for part in self.content if part.text is not None]
         if len(texts) == len(self.content):
             return {"role": self.role, "content": "".join(texts)}
@@ -139,13 +139,13 @@ class ChatMessage(_Section):
 
 
 class GenerationRequest(_Section):
-    """The fields that both kinds of requests have; for `None` the model's generation config decides."""
+    """The fields that both kinds of requests share; if one is `None`, the model's generation config decides."""
 
     given_by: ClassVar[str]
-    """The field that holds what the model is given."""
+    """The field with the model's input."""
 
     default_tokens: ClassVar[int | None] = None
-    """How much is written where it is not said; `None` for as much as there is room for."""
+    """The default number of tokens to generate; `None` for as many as there is room for."""
 
     model: str
     temperature: float | None = Field(None, ge=0, le=2)
@@ -159,7 +159,7 @@ class GenerationRequest(_Section):
 
     @property
     def most_tokens(self) -> int | None:
-        """The most tokens to write, or `None`."""
+        """The most tokens to generate, or `None`."""
         return self.max_completion_tokens or self.max_tokens
 
     @property
@@ -169,25 +169,25 @@ class GenerationRequest(_Section):
 
     @property
     def texts(self) -> tuple[str, ...]:
-        """The texts that the client wrote, each as it came."""
+        """The texts of the client, unchanged."""
         raise NotImplementedError
 
     @property
     def images(self) -> Mapping[str, str]:
-        """The URLs of its images by the place of each."""
+        """The URLs of the images, by the place of each."""
         return {}
 
     @property
     def sounds(self) -> Mapping[str, str]:
-        """Its sounds, in base64, by the place of each."""
+        """The sounds in base64, by the place of each."""
         return {}
 
 
 class Completion(GenerationRequest):
-    """A text that is to go on."""
+    """A request to continue a text."""
 
     given_by = "prompt"
-    default_tokens = 16  # as OpenAI has it
+    default_tokens = 16  # OpenAI's default
     prompt: str = Field(min_length=1)
 
     @property
@@ -202,14 +202,14 @@ class Completion(GenerationRequest):
 
 
 class ChatCompletion(GenerationRequest):
-    """A chat that is to be answered."""
+    """A request to answer a chat."""
 
     given_by = "messages"
     messages: list[ChatMessage] = Field(min_length=1)
 
     @property
     def given(self) -> UserInput:
-        """The input for the model, but for images and sounds: these are only read for a model that takes them."""
+        """The input for the model, without images and sounds, which are only read for a model that takes them."""
         return UserInput(messages=tuple(message.in_template for message in self.messages))
 
     @property
@@ -237,10 +237,10 @@ class ChatCompletion(GenerationRequest):
 
 
 def asked(kind: type[GenerationRequest], body: bytes) -> GenerationRequest:
-    """Return what the body of a request asks for.
+    """Return the request in a body.
 
     Raises:
-        RequestError: if it is none, or asks for what is not done here; the error names the field.
+        RequestError: if it is invalid, or requests an unsupported feature; the error names the field.
     """
     try:
         value = parse_json(body.decode(), REQUEST)
@@ -261,7 +261,7 @@ def asked(kind: type[GenerationRequest], body: bytes) -> GenerationRequest:
 
 
 def _normalized(body: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the fields that are left to read: texts as one text each, and nothing that asks for nothing."""
+    """Return the fields to read: with texts joined, and without neutral values."""
     fields = {name: value for name, value in body.items() if value is not None and name not in ABOUT_THE_CLIENT}
     for name in fields.keys() & NEUTRAL.keys():
         value = fields.pop(name)
@@ -279,12 +279,12 @@ def _normalized(body: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _in_parts(message: Any) -> Any:
-    """Return a message whose content is parts, without what is null."""
+    """Return a message with its content in parts, without null values."""
     if not isinstance(message, dict):
         return message
     message = {name: value for name, value in message.items() if value is not None}
     if isinstance(content := message.get("content"), str):
         message["content"] = ({"type": "text", "text": content},)
     elif isinstance(content, list):
-        message["content"] = tuple(content)  # pydantic's strict mode takes no list for one
+        message["content"] = tuple(content)  # pydantic's strict mode does not accept a list
     return message
