@@ -1,5 +1,5 @@
-"""Uses of torch, transformers and accelerate that those do not promise to keep, in one adapter for each library.
+"""Uses of private parts of torch, transformers and accelerate, with one adapter for each library.
 
-Nothing that is private in them, or missing in their documentation, is named outside of this package.
-`docs/libraries.md` lists all of it.
+Nothing that is private in them, or missing in their documentation, is used outside of this package. `docs/libraries.md`
+lists these uses.
 """

@@ -1,4 +1,4 @@
-"""The uses of accelerate that it does not promise to keep. Imports accelerate."""
+"""The uses of private parts of accelerate. Imports accelerate."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ MODULE_TENSORS = Private(
 
 @contextmanager
 def placing_tensors_with(placing: Callable[..., None]) -> Iterator[None]:
-    """Let accelerate's hooks call `placing` where they would put a tensor of a module on a device."""
+    """Let accelerate's hooks call `placing` instead of putting a tensor of a module on a device."""
     PLACE_TENSOR.find()
     from accelerate import hooks
 
@@ -73,7 +73,7 @@ def before_hooks_are_removed(model: torch.nn.Module, tell: Callable[[], None]) -
 
 
 def sent(value: Any, device: Any, skip_keys: Any = None) -> Any:
-    """Return a value with all tensors within on a device, but for those under the keys that are skipped."""
+    """Return a value with all tensors within it on a device, except those under skipped keys."""
     return SEND_TO_DEVICE.find()(value, device, skip_keys=skip_keys)
 
 
@@ -89,7 +89,7 @@ def names_copied_in(module: torch.nn.Module, hook: Any) -> list[str]:
 
 
 def replace_hook(module: torch.nn.Module, old: Any, new: Any) -> None:
-    """Put another hook in the place of one of a module's."""
+    """Replace one of a module's hooks."""
     hook = MODULE_HOOK.of(module)
     if hook is old:
         setattr(module, MODULE_HOOK.attribute, new)
@@ -98,13 +98,13 @@ def replace_hook(module: torch.nn.Module, old: Any, new: Any) -> None:
 
 
 def replace_streamed(hook: Any, name: str, tensor: torch.Tensor) -> None:
-    """Have a hook copy in another tensor, in the place of one of its module that is in memory."""
+    """Have a hook copy in another tensor instead of one of its module's that is in memory."""
     weights = HOOK_WEIGHTS.of(hook)
     getattr(weights, "dataset", weights).state_dict[getattr(weights, "prefix", "") + name] = tensor
 
 
 def streamed_from(hook: Any, path: str, name: str) -> Device | None:
-    """Return from where a hook copies a tensor in, the CPU or the disk; `None` if it does not.
+    """Return the device from which a hook copies a tensor in, the CPU or the disk; `None` if it does not.
 
     Args:
         hook: a hook of the module at `path`.
@@ -122,9 +122,10 @@ def streamed_from(hook: Any, path: str, name: str) -> Device | None:
 
 
 def place_on_disk(hook: Any, path: str, name: str) -> Mapping[str, Any] | None:
-    """Return from where a hook reads a tensor on disk: `safetensors_file` and `weight_name`, or `shape` and `dtype`.
+    """Return the place of a tensor that a hook reads from disk: `safetensors_file` and `weight_name`, or `shape` and
+    `dtype`.
 
-    The latter where it was written anew, in a file of its own. The arguments are those of `streamed_from`.
+    The latter applies if the tensor was written to a file of its own. The arguments are those of `streamed_from`.
     """
     weights = getattr(hook, HOOK_WEIGHTS.attribute, None)
     if weights is None or not getattr(hook, "offload", False):

@@ -26,9 +26,9 @@ class LibraryMessage:
 
 @contextmanager
 def taken_down(messages: list[LibraryMessage]) -> Iterator[None]:
-    """Take down, within, each warning that the libraries log or raise as Python's warnings, in the order they come.
+    """Record the warnings that the libraries log or raise while the context lasts, in order.
 
-    Imports none of them: who imports transformers within calls `take_down_from_here`.
+    This imports no library: code that imports transformers within the context must call `take_down_from_here`.
     """
     scribe = _Scribe(messages)
     token = _SCRIBE.set(scribe)
@@ -42,14 +42,14 @@ def taken_down(messages: list[LibraryMessage]) -> Iterator[None]:
             messages += [
                 LibraryMessage(_library_of(each.filename), str(each.message))
                 for each in raised
-                if not issubclass(each.category, (DeprecationWarning, PendingDeprecationWarning))  # for who writes code
+                if not issubclass(each.category, (DeprecationWarning, PendingDeprecationWarning))  # for developers
             ]
 
 
 def take_down_from_here() -> None:
-    """Have what transformers and accelerate log taken down from here on, where anything is, and transformers is there.
+    """Record the logs of transformers and accelerate from now on, if recording is on and transformers is imported.
 
-    It puts a handler of its own in place when it is first imported.
+    transformers installs its own handler when it is first imported.
     """
     if (scribe := _SCRIBE.get()) is not None:
         scribe.enter()
@@ -57,7 +57,7 @@ def take_down_from_here() -> None:
 
 @contextmanager
 def without_retries() -> Iterator[None]:
-    """Let the hub's client be silent within of what it tries again: what comes of it is told."""
+    """Silence the hub client's messages about retries while the context lasts, as their outcome is reported."""
     logger = logging.getLogger("huggingface_hub")
     before = logger.level
     logger.setLevel(logging.CRITICAL)
@@ -68,7 +68,7 @@ def without_retries() -> Iterator[None]:
 
 
 class _Scribe(logging.Handler):
-    """Writes down what the libraries log, in place of their handlers."""
+    """Records the logs of the libraries, instead of their own handlers."""
 
     def __init__(self, messages: list[LibraryMessage]) -> None:
         super().__init__()
@@ -79,7 +79,7 @@ class _Scribe(logging.Handler):
         logging_of_transformers = sys.modules.get("transformers.utils.logging")
         if self.before or logging_of_transformers is None:
             return
-        logging_of_transformers.get_logger()  # which sets up its handler, as the first that asks
+        logging_of_transformers.get_logger()  # the first call installs its handler
         for logger in map(logging.getLogger, LIBRARIES):
             self.before[logger] = (logger.level, logger.propagate, list(logger.handlers))
             logger.setLevel(logging.WARNING)

@@ -1,4 +1,6 @@
-"""Code in Rust, such as the tokenizers', fails by an exception that is no `Exception`: nobody else would catch it."""
+"""Converts panics of Rust code, such as the tokenizers', whose exception is not an `Exception`, and so is not caught
+otherwise.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +13,10 @@ if TYPE_CHECKING:
 
 @contextmanager
 def panics_raised() -> Iterator[None]:
-    """Raise what code in Rust panics with as a `RuntimeError`."""
+    """Turn panics of Rust code into `RuntimeError`."""
     try:
         yield
     except BaseException as error:
-        if type(error).__name__ != "PanicException":  # of pyo3, which has no module to import it from
+        if type(error).__name__ != "PanicException":  # pyo3 has no module to import it from
             raise
         raise RuntimeError(str(error)) from error

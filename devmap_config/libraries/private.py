@@ -1,4 +1,4 @@
-"""Things of a library that it does not promise to keep, and what is raised where it did not. Imports no library."""
+"""`Private`: a private part of a library, and the error if it has changed. Imports no library."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 
 class LibraryChangedError(Exception):
-    """A library is not what it was when this package was tried with it: `what` says of what of it, and how it is."""
+    """A library has changed since this package was tested with it: `what` names the part, and says how."""
 
     def __init__(self, library: str, what: str) -> None:
         self.library = library
@@ -21,12 +21,12 @@ class LibraryChangedError(Exception):
 
 @dataclass(frozen=True)
 class Private:
-    """Something of a library that it does not promise to keep.
+    """A private part of a library.
 
     Attributes:
-        name: where it is, such as `torch.nn.Module._buffers`.
-        use: what rests on it.
-        takes: the parameters that it is called with by name.
+        name: its full name, such as `torch.nn.Module._buffers`.
+        use: what depends on it.
+        takes: the names of the parameters that are passed by keyword.
     """
 
     name: str
@@ -40,19 +40,19 @@ class Private:
 
     @property
     def attribute(self) -> str:
-        """The name under which its owner holds it."""
+        """Its name as an attribute of its owner."""
         return self.name.rpartition(".")[2]
 
     def find(self) -> Any:
-        """Return the thing itself: a class, a function or a value of a module or of a class.
+        """Return the object: a class, a function or a value of a module or of a class.
 
         Raises:
-            LibraryChangedError: if it is not there, or does not take what it is called with.
+            LibraryChangedError: if it does not exist, or lacks a parameter.
             ModuleNotFoundError: if the library is not installed.
         """
         try:
             found = self._within(import_module(self.library))
-        except (AttributeError, ImportError):  # a module within, which nothing has imported yet
+        except (AttributeError, ImportError):  # an inner module that has not been imported yet
             found = self._imported()
         if self.takes:
             self._check_parameters(found)
@@ -74,7 +74,7 @@ class Private:
         return found
 
     def of(self, owner: Any) -> Any:
-        """Return the value that an instance has under this name.
+        """Return the value of this attribute for an instance.
 
         Raises:
             LibraryChangedError: if it has none.
@@ -85,7 +85,7 @@ class Private:
             raise self.changed() from error
 
     def changed(self, how: str = "is not there") -> LibraryChangedError:
-        """Return the error to raise if it is not as it was."""
+        """Return the error to raise if it has changed."""
         return LibraryChangedError(self.library, f"`{self.name}` {how}")
 
     def _check_parameters(self, found: Any) -> None:

@@ -1,4 +1,4 @@
-"""Code that comes with a model: it runs where that is allowed, and nothing ever asks whether it may."""
+"""Controls code that comes with a model: it runs only if allowed, and nothing ever prompts for permission."""
 
 from __future__ import annotations
 
@@ -39,11 +39,11 @@ TOKENIZER_CONFIG = Private(
 
 @contextmanager
 def code_of_models(*, allowed: bool) -> Iterator[None]:
-    """Let code that comes with a model run within only where it is `allowed`, and nothing ask on standard input.
+    """Let code that comes with a model run only if it is `allowed`, and prevent prompts on standard input.
 
-    transformers asks wherever it was not told, which it is not for the models within a model: there, too, this is the
-    answer. What the libraries and the model's code print goes to stderr, for stdout is for
-    results; of its retries the hub's client says nothing.
+    transformers prompts if `trust_remote_code` was not passed, as for inner models; this answers for them, too. Output
+    of the libraries and the model's code goes to stderr, because stdout is for results; the hub client's messages about
+    retries are silenced.
     """
     TIME_TO_ANSWER.find()
     IMPORT_CLASS.find()
@@ -67,11 +67,11 @@ def _refuse(*_arguments: Any, **_options: Any) -> Any:
 
 
 def class_from_code(reference: str, location: str, revision: str | None) -> Any:
-    """Return the class that an `auto_map` refers to, from the folder or repository that brings it; runs its code."""
+    """Return the class that an `auto_map` refers to, from its folder or repository; this runs its code."""
     return ADD_GENERATE.find()(DYNAMIC_CLASS.find()(reference, location, revision=revision))
 
 
 def tokenizer_config(location: str, revision: str | None) -> dict[str, Any]:
-    """Return what a tokenizer's config says; nothing where there is none, or what is none."""
+    """Return the config of a tokenizer; empty if there is none, or it is invalid."""
     found = TOKENIZER_CONFIG.find()(location, revision=revision)
     return found if isinstance(found, dict) else {}

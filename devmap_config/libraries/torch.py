@@ -1,6 +1,6 @@
-"""The uses of torch that it does not promise to keep. Imports torch when they are called.
+"""The uses of private parts of torch. Imports torch when they are called.
 
-Nothing is looked up before it is used: a change that breaks one part of a command must not break the others.
+Nothing is looked up before it is used, so that a change in torch does not break parts of a command that do not use it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ FAKE_TENSOR_MODE = Private(
     takes=("allow_non_fake_inputs",),
 )
 FAKE_TENSOR_LOGGER = "torch._subclasses.fake_tensor"
-"""Where torch logs every operation that fails, with its traceback, whatever comes of it."""
+"""The logger to which torch logs every failed operation with its traceback, even if the failure is handled."""
 FAKE_TENSOR = Private("torch._subclasses.fake_tensor.FakeTensor", "the class of tensors without data")
 FAKE_TENSOR_DEVICE = Private(
     "torch._subclasses.fake_tensor.FakeTensor.device",
@@ -36,10 +36,10 @@ FAKE_TENSOR_DEVICE = Private(
 
 @contextmanager
 def tensors_without_data() -> Iterator[None]:
-    """Let tensors have shapes and no data within, also those that a model already holds.
+    """Let tensors have shapes but no data while the context lasts, including those that a model already holds.
 
-    One that is copied with all that holds it, as looped models copy the layers of their cache, is a new one: torch
-    would copy the data that there is not, and the process ends in that.
+    A deep copy of such a tensor, as looped models make of their cache's layers, is a new tensor: torch itself would
+    copy the missing data, and crash the process.
     """
     with (
         _logging_no_failures(),
@@ -50,23 +50,23 @@ def tensors_without_data() -> Iterator[None]:
 
 
 class _Stream:
-    """Stands in for a stream of a card, where what is given to it is done at once."""
+    """Replaces a stream of a card; its work is done at once."""
 
     def __init__(self, *_: object, **__: object) -> None:
-        """Whatever it is made for."""
+        """Accept any arguments."""
 
     def __enter__(self) -> _Stream:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Done at once."""
+        """Do nothing, as the work is done."""
 
     def wait_stream(self, _: _Stream) -> None:
-        """Wait for nothing: there is no card."""
+        """Do nothing, as there is no card."""
 
 
 def held_bytes(tensor: torch.Tensor) -> int:
-    """Return the bytes of a tensor as it is held: of one that is made of others, as quantised ones are, theirs.
+    """Return the bytes that a tensor holds; for one that consists of others, like quantised tensors, the sum of theirs.
 
     Example:
         >>> import torch
@@ -80,17 +80,17 @@ def held_bytes(tensor: torch.Tensor) -> int:
 
 @contextmanager
 def streams_without_a_card() -> Iterator[None]:
-    """Let streams of cards be made and waited for within where there is no card."""
+    """Let code create streams of cards and wait for them without a card, while the context lasts."""
     import torch
 
-    # A class in the place of a class: what is imported within may name it in an annotation.
+    # A class replaces a class, because modules that are imported meanwhile may use it in annotations.
     with patch.object(torch, "Stream", _Stream), patch.object(torch.cuda, "default_stream", _Stream):
         yield
 
 
 @contextmanager
 def _logging_no_failures() -> Iterator[None]:
-    """Keep torch from logging what fails without data; what comes of it is told, or nothing does."""
+    """Keep torch from logging operations that fail without data, because their errors are handled."""
     logger = logging.getLogger(FAKE_TENSOR_LOGGER)
     before = logger.disabled
     logger.disabled = not logging.getLogger("devmap_config").isEnabledFor(logging.DEBUG)
@@ -109,7 +109,9 @@ def _deep_copy(tensor: torch.Tensor, memo: dict[int, Any]) -> torch.Tensor:
 
 @contextmanager
 def answering_for_devices(answer: Callable[[Any, Callable[[], torch.device]], torch.device]) -> Iterator[None]:
-    """Let `answer` say on which device a tensor without data is; it is handed the tensor and torch's own answer."""
+    """Let `answer` determine the device of a tensor without data; it is called with the tensor and torch's own
+    answer.
+    """
     class_ = FAKE_TENSOR.find()
     own = FAKE_TENSOR_DEVICE.of(class_)
     if not isinstance(own, property) or own.fget is None:
@@ -167,7 +169,7 @@ def dispatch_mode() -> Any:
 
 
 def dispatched_by(action: Callable[[], object]) -> int:
-    """Return how many operations an action asks torch for."""
+    """Return the number of operations that an action dispatches."""
     count = 0
 
     class Counting(dispatch_mode()):  # type: ignore[misc]  # torch is not read by the type checker
@@ -182,7 +184,7 @@ def dispatched_by(action: Callable[[], object]) -> int:
 
 
 def torch_attention() -> Callable[..., Any]:
-    """Return torch's attention, or what was put in its place."""
+    """Return torch's attention function, or its present replacement."""
     attention: Callable[..., Any] = FUSED_ATTENTION.find()
     return attention
 
@@ -195,7 +197,7 @@ def flop_registry() -> dict[Any, Callable[..., int]]:
 
 @contextmanager
 def attending_with(attend: Callable[..., torch.Tensor]) -> Iterator[None]:
-    """Let `attend` do what models ask of torch's attention."""
+    """Replace torch's attention function by `attend` while the context lasts."""
     from torch.nn import functional
 
     with patch.object(functional, FUSED_ATTENTION.attribute, attend):
@@ -203,12 +205,12 @@ def attending_with(attend: Callable[..., torch.Tensor]) -> Iterator[None]:
 
 
 def without_functions() -> Any:
-    """Return a context within which modes around torch's functions see none."""
+    """Return a context in which modes around torch's functions are inactive."""
     return DISABLE_FUNCTIONS.find()()
 
 
 def without_modes() -> Any:
-    """Return a context within which no mode sees any operation: tensors have data there."""
+    """Return a context in which modes around operations are inactive, so that tensors have data."""
     return DISABLE_MODES.find()()
 
 
@@ -219,13 +221,13 @@ WITH_DATA = Private(
 
 
 def with_data() -> Any:
-    """Return a context within which tensors have data again."""
+    """Return a context in which tensors have data again."""
     return WITH_DATA.find()()
 
 
 @contextmanager
 def telling_values(value_of: Callable[[torch.Tensor], torch.Tensor | None]) -> Iterator[None]:
-    """Let tensors without data be lists and numbers where `value_of` knows what they hold."""
+    """Let tensors without data be converted to lists and numbers if `value_of` knows their values."""
     import torch
 
     class_, make = FAKE_TENSOR.find(), torch.tensor
@@ -269,7 +271,7 @@ def operation_name(operation: Any) -> str:
 
 
 def has_data_dependent_shape(operation: Any) -> bool:
-    """Return whether what an operation gives, or how large it is, depends on data."""
+    """Return whether the result of an operation, or its shape, depends on data."""
     import torch
 
     try:
@@ -296,7 +298,7 @@ def writes_to(operation: Any, arguments: Any) -> list[torch.Tensor]:
 
 
 def operation_packet(operation: Any) -> Any:
-    """Return what the overloads of an operation have in common: the key of `flop_registry`."""
+    """Return the packet of an operation, which its overloads share: the key of `flop_registry`."""
     try:
         return operation._overloadpacket
     except AttributeError as error:
@@ -317,7 +319,7 @@ def is_question(operation: Any) -> bool:
 
 
 def is_view(operation: Any) -> bool:
-    """Return whether an operation shows a storage that is there, and makes none."""
+    """Return whether an operation returns a view of an existing storage."""
     try:
         return bool(operation.is_view)
     except AttributeError as error:
@@ -337,24 +339,24 @@ TREE_UNFLATTEN = Private(
 
 
 def tree_leaves(value: Any) -> list[Any]:
-    """Return all that is within a value, in order."""
+    """Return the leaves of a nested value, in order."""
     leaves: list[Any] = TREE_LEAVES.find()(value)
     return leaves
 
 
 def tree_map(change: Callable[[Any], Any], value: Any) -> Any:
-    """Return a value in which each part is as it is changed."""
+    """Return a nested value with `change` applied to each leaf."""
     return TREE_MAP.find()(change, value)
 
 
 def tree_flatten(value: Any) -> tuple[list[Any], Any]:
-    """Return all that is within a value, in order, and how it stands there."""
+    """Return the leaves of a nested value, in order, and its structure."""
     flat: tuple[list[Any], Any] = TREE_FLATTEN.find()(value)
     return flat
 
 
 def tree_unflatten(leaves: Any, structure: Any) -> Any:
-    """Return the value in which these stand so."""
+    """Return the nested value with these leaves and this structure."""
     return TREE_UNFLATTEN.find()(leaves, structure)
 
 
@@ -409,7 +411,7 @@ NON_PERSISTENT_BUFFERS = Private(
 
 
 def storage_identity(storage: Any) -> int:
-    """Return what tells a storage from others that are alive: its address."""
+    """Return the identity of a storage among those that are alive: its address."""
     try:
         identity: int = storage._cdata
     except AttributeError as error:
@@ -418,7 +420,7 @@ def storage_identity(storage: Any) -> int:
 
 
 def shown_storage(tensor: torch.Tensor) -> Any:
-    """Return the storage that a tensor shows, also within `torch.vmap`."""
+    """Return the storage of a tensor, even within `torch.vmap`."""
     is_batched = IS_BATCHED.find()
     while is_batched(tensor):
         tensor = UNBATCHED.find()(tensor)
@@ -426,7 +428,7 @@ def shown_storage(tensor: torch.Tensor) -> Any:
 
 
 def version_of(tensor: torch.Tensor) -> int:
-    """Return how often a tensor was written to."""
+    """Return the number of times that a tensor was modified."""
     count: int = TENSOR_VERSION.of(tensor)
     return count
 
@@ -473,7 +475,7 @@ GUARD_ON_DATA = Private(
 
 
 def needs_data(error: BaseException) -> bool:
-    """Return whether torch raised this since an operation needs the data that a tensor does not have."""
+    """Return whether torch raised this error because an operation needs data that a tensor lacks."""
     names = (DATA_DEPENDENT, DYNAMIC_SHAPE, UNSUPPORTED_TENSOR, UNSUPPORTED_OPERATION, GUARD_ON_DATA)
     return isinstance(error, tuple(name.find() for name in names))
 
@@ -486,10 +488,10 @@ CPP_COMPILER = Private(
 
 
 def finds_cpp_compiler() -> bool:
-    """Return whether torch finds a C++ compiler, without which it compiles nothing for a CPU."""
+    """Return whether torch finds a C++ compiler, which it needs for compiling for a CPU."""
     find_compiler = CPP_COMPILER.find()
     try:
         find_compiler()
-    except RuntimeError:  # torch's own class for it lies within it
+    except RuntimeError:  # the class that torch raises is a subclass
         return False
     return True

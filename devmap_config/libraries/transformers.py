@@ -1,4 +1,4 @@
-"""The uses of transformers that it does not promise to keep. Imports transformers when they are called."""
+"""The uses of private parts of transformers. Imports transformers when they are called."""
 
 from __future__ import annotations
 
@@ -19,21 +19,22 @@ if TYPE_CHECKING:
 # -- the cache ---------------------------------------------------------------------------------------------------------
 
 CACHE_NAMES = ("cache", "past_key_values", "cache_params")
-"""Under which models return their cache, and take it: by the first from transformers 5.24 on, code that comes with a
-model by what it was written for."""
+"""The names under which models return and take their cache: the first since transformers 5.24, the others in older
+code that comes with models.
+"""
 
 CACHE_CLASS = Private("transformers.Cache", "recognises a cache among the outputs of a model")
 
 
 def unnamed_cache(output: Any) -> str | None:
-    """Return by which name a model returned a cache, if it did."""
+    """Return the name under which a model returned a cache, if it did."""
     class_ = CACHE_CLASS.find()
     items = output.items() if hasattr(output, "items") else ()
     return next((name for name, value in items if isinstance(value, class_)), None)
 
 
 STATES = ("conv_states", "recurrent_states")
-"""What layers keep whose attention is linear, beside keys and values or in their stead."""
+"""The states of layers with linear attention, in addition to keys and values or instead of them."""
 
 TAKES_CACHES = Private(
     "transformers.GenerationMixin._supports_default_dynamic_cache",
@@ -49,21 +50,21 @@ QUANTIZED_LAYER = Private(
 
 
 def supports_caches(model: PreTrainedModel) -> bool:
-    """Return whether `generate` makes a model the cache that it is asked for."""
+    """Return whether `generate` supports choosing a cache for a model."""
     supports: bool = TAKES_CACHES.of(model)()
     return supports
 
 
 @contextmanager
 def quantizing_layers(quantize: Callable[..., tuple[Any, ...]], dequantize: Callable[..., Any]) -> Iterator[None]:
-    """Let caches that quanto quantises be made within as if it were there; `quantize` and `dequantize` stand in."""
+    """Let caches be quantised without quanto while the context lasts, by `quantize` and `dequantize`."""
     base: Any = QUANTIZED_LAYER.find()
 
     class Layer(base):  # type: ignore[misc]
-        __module__ = base.__module__  # a cache is looked through as transformers' own
+        __module__ = base.__module__  # so that a cache counts as transformers' own
 
         def _quantize(self, tensor: torch.Tensor, axis: int) -> tuple[Any, ...]:
-            del axis  # of one sequence or several, groups are cut alike
+            del axis  # groups are the same on either axis
             return (*quantize(tensor, self.nbits), tensor.shape)
 
         def _dequantize(self, made: tuple[Any, ...]) -> Any:
@@ -75,7 +76,7 @@ def quantizing_layers(quantize: Callable[..., tuple[Any, ...]], dequantize: Call
 
 
 def is_own_model(model: Any) -> bool:
-    """Return whether a model's class is one of transformers, and not of code that comes with the model."""
+    """Return whether a model's class is one of transformers, rather than of code that comes with the model."""
     return type(model).__module__.startswith("transformers.")
 
 
@@ -95,7 +96,7 @@ ATTENTION = Private(
 
 
 def is_auto_class(class_: Any) -> bool:
-    """Return whether a class of transformers stands for others, by the config."""
+    """Return whether a class of transformers selects another class by the config."""
     return hasattr(class_, MODEL_MAPPING.attribute)
 
 
@@ -106,7 +107,7 @@ def model_mapping(auto_class: Any) -> Mapping[Any, Any]:
 
 
 def init_contexts(model_class: Any, dtype: torch.dtype) -> Iterable[Any]:
-    """Return the contexts in which `from_pretrained` builds a model that it does not fill yet."""
+    """Return the contexts in which `from_pretrained` builds a model before loading weights."""
     contexts: Iterable[Any] = INIT_CONTEXT.of(model_class)(dtype, False, False, None)
     return contexts
 
@@ -151,24 +152,24 @@ def no_split_classes(model: PreTrainedModel) -> tuple[str, ...]:
 
 
 def skip_keys(model: PreTrainedModel) -> Any:
-    """Return the names of arguments that are not copied to where a module runs, as accelerate takes them."""
+    """Return the names of arguments that are not copied to a module's device, in the form for accelerate."""
     return SKIP_KEYS.of(model)
 
 
 def no_placement_parameters(model: PreTrainedModel) -> tuple[str, ...] | None:
-    """Return the tensors that a model keeps off accelerators; `None` for a model that says nothing of that."""
+    """Return the tensors that a model keeps off accelerators; `None` if it does not have this attribute."""
     names = getattr(model, NO_PLACEMENT.attribute, None)
     return None if names is None else tuple(sorted(names))
 
 
 def ties(model: PreTrainedModel) -> Mapping[str, str]:
-    """Return the tensors that are the same as others, by the names of those others."""
+    """Return the source of each tied tensor, by name."""
     tied: Mapping[str, str] = TIES.of(model) or {}
     return tied
 
 
 def kept_dtypes(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, torch.dtype]:
-    """Return the tensors that are loaded in another dtype than asked for (`_keep_in_fp32_modules`), with theirs."""
+    """Return the dtypes of tensors that are not loaded in the requested dtype (`_keep_in_fp32_modules`)."""
     plan: dict[str, torch.dtype] = DTYPE_PLAN.of(model)(dtype)
     if not plan:
         return {}
@@ -193,12 +194,12 @@ EXPERTS = Private(
 
 
 def chooses_experts_implementation(module: torch.nn.Module) -> bool:
-    """Return whether `use_experts_implementation` decorates a module's class, seen by what it sets."""
+    """Return whether `use_experts_implementation` decorates a module's class, by the attributes that it sets."""
     return hasattr(module, EXPERTS_MARK.attribute) and hasattr(module, "config")
 
 
 def set_experts_implementation(config: Any, implementation: str) -> None:
-    """Have modules of this config take one product with the experts; sub-configs keep theirs."""
+    """Have modules of this config use an implementation of experts; sub-configs keep theirs."""
     # As a dict: a bare string would be passed on to the sub-configs.
     setattr(config, EXPERTS.attribute, {"": implementation})
 
@@ -224,13 +225,13 @@ QUANTIZATION_CONFIG = Private(
 
 
 def modules_not_converted(model: PreTrainedModel, skipped: list[str] | None, *, add_default_skips: bool) -> list[str]:
-    """Return the patterns of modules that stay as they are, by the rule of transformers' quantizers."""
+    """Return the patterns of modules that are not converted, by the rule of transformers' quantizers."""
     kept: list[str] = NOT_CONVERTED.find()(model, skipped, KEEP_IN_FP32.of(model), add_default_skips)
     return kept
 
 
 def should_convert_module(name: str, kept: list[str]) -> bool:
-    """Return whether a quantizer converts a module, where it leaves what matches `kept`."""
+    """Return whether a quantizer converts a module, given the patterns that it does not convert."""
     return bool(SHOULD_CONVERT.find()(name, kept))
 
 
@@ -266,7 +267,7 @@ REVERT_CONVERSIONS = Private(
 
 
 def checkpoint_tensors(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """Return the tensors that a checkpoint holds of a model: those that are saved of it, of tied ones the first."""
+    """Return the tensors of a model that a checkpoint holds, with the first of tied ones."""
     tied = ties(model)
     held = {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
     tensors: dict[str, torch.Tensor] = REVERT_CONVERSIONS.find()(model, held)
@@ -278,14 +279,15 @@ PROGRESS_HOOK = Private(
     "receives what transformers shows progress bars for; while a model loads, the names of its tensors",
 )
 PROGRESS_OF_LOADING = "Loading weights"
-"""What transformers writes on the bar of a load."""
+"""The label of transformers' progress bar for loading."""
 
 
 @contextmanager
 def watching_load(watch: Callable[[list[str]], Callable[[str], None]]) -> Iterator[None]:
-    """Call `watch`, within, as a load begins, with the names of its tensors, and what it returns after each of them.
+    """Call `watch` with the names of the tensors when a load begins, and the function that it returns after each of
+    them.
 
-    It stands in for transformers' own bar, and is not called while these are disabled.
+    This replaces transformers' own progress bar, and does nothing while bars are disabled.
     """
     set_hook = PROGRESS_HOOK.find()
     from transformers.utils import logging
@@ -310,9 +312,9 @@ def watching_load(watch: Callable[[list[str]], Callable[[str], None]]) -> Iterat
 
 @contextmanager
 def taking_loading_reports(*, passes_on: bool) -> Iterator[list[Any]]:
-    """Take what transformers finds of names while it loads (`LoadStateDictInfo`).
+    """Collect transformers' reports on names while loading (`LoadStateDictInfo`).
 
-    Where this `passes_on` it, transformers logs it besides, and raises for errors in it.
+    With `passes_on`, transformers also logs the reports, and raises for errors in them.
     """
     reports: list[Any] = []
     log = LOADING_REPORT.find()
@@ -330,34 +332,36 @@ def taking_loading_reports(*, passes_on: bool) -> Iterator[list[Any]]:
 
 @contextmanager
 def noting_what_is_lacking(model_class: Any) -> Iterator[set[str]]:
-    """Note what a checkpoint lacks, before transformers leaves out what its lists say that it computes.
+    """Collect the tensors that a checkpoint lacks, before transformers drops those that it computes, by its own lists.
 
-    It ties weights in between, by a public method that it tells what is missing.
+    In between, transformers ties weights with a public method, which gets the missing names.
     """
     lacking: set[str] = set()
     tie_weights = model_class.tie_weights
 
     def noting(self: Any, missing_keys: set[str] | None = None, **others: Any) -> None:
         tie_weights(self, missing_keys=missing_keys, **others)
-        lacking.update(missing_keys or ())  # of which what is tied was taken out
+        lacking.update(missing_keys or ())  # tied names have been removed from these
 
     with patch.object(model_class, "tie_weights", noting):
         yield lacking
 
 
 def merged_names(model: PreTrainedModel) -> list[str]:
-    """Return the names, `*` for a number, of lists of tensors that become one while a model is loaded."""
+    """Return the names of lists of tensors that loading merges into one, with `*` for a number."""
     conversions = CONVERSIONS.find()(model)
     return [pattern for each in conversions for pattern in each.source_patterns if "*" in pattern]
 
 
 def is_made_while_loading(model: PreTrainedModel, names: Iterable[str]) -> list[str]:
-    """Return those of a model's tensors that transformers makes of several tensors, or otherwise than by renaming."""
+    """Return those of a model's tensors that transformers merges from several, or makes in another way than by
+    renaming.
+    """
     conversions = CONVERSIONS.find()(model)
     targets = [target for each in conversions if hasattr(each, "operations") for target in each.target_patterns]
     if not targets:
         return []
-    # Targets refer to groups of the source's expression, which stand for numbers and names.
+    # Targets refer to groups of the source's expression, which match numbers and names.
     made = re.compile("|".join(re.sub(r"\\\d", ".*", target.strip("^$")) for target in targets))
     return [name for name in names if made.search(name)]
 
@@ -369,7 +373,7 @@ TILES = Private(
 
 
 def tiles_of(height: int, width: int, pinpoints: Any, side: int) -> int:
-    """Return in how many squares of a side an image is given, the whole of it included."""
+    """Return the number of squares of a side that an image is cut into, including the one of the whole image."""
     count: int = TILES.find()([height, width], pinpoints, side)
     return count
 
@@ -388,7 +392,7 @@ COMPILES_ANYWHERE = Private(
 
 
 def compiling_on_a_cpu() -> CompileConfig:
-    """Return the configuration with which `generate` compiles on a CPU, which it does not by itself."""
+    """Return the configuration that makes `generate` compile on a CPU, which it does not do by default."""
     from transformers import CompileConfig
 
     COMPILES_ANYWHERE.find()
@@ -398,9 +402,9 @@ def compiling_on_a_cpu() -> CompileConfig:
 
 
 def compiles_generation(model: Any) -> bool:
-    """Return whether transformers compiles what decodes, where a model is and as it is, once its cache is static.
+    """Return whether transformers compiles decoding for a model in its present place, once its cache is static.
 
-    Of some it says so, and calls them as they are: of Llama 4.
+    Some models, such as Llama 4, declare that they cannot be compiled, and are called without compiling.
     """
     from transformers import StaticCache
 
@@ -423,8 +427,8 @@ DISPATCH = Private(
 def streaming_to(device: int | str) -> Iterator[None]:
     """Make accelerate stream offloaded modules to this device.
 
-    transformers does not pass `main_device` on, and accelerate then takes the first of a set. Hooks are forced, since
-    older versions of accelerate refuse a model that is on disk as a whole.
+    transformers does not pass `main_device` on, so accelerate would take the first of a set. Hooks are forced, because
+    older versions of accelerate refuse a model that is entirely on disk.
     """
     original = DISPATCH.find()
     from transformers.integrations import accelerate as integration

@@ -1,4 +1,4 @@
-"""With which versions of its libraries this package was tried, and which are installed. Imports no library."""
+"""The versions of libraries that this package was tested with, and the installed ones. Imports no library."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ TRIED: dict[str, tuple[str, ...]] = {
     "transformers": ("5.20.0", "5.20.2", "5.21.1", "5.22.2", "5.23.0", "5.24.0"),
     "accelerate": ("1.15.0",),
 }
-"""The versions with which models were measured and dry-run, the oldest first. What was run is in docs/libraries.md."""
+"""The versions with which models were measured and dry-run, the oldest first. docs/libraries.md lists what was run."""
 
 
-@cache  # its metadata is parsed for it, which takes longer than to read a profile
+@cache  # parsing the metadata takes longer than reading a profile
 def build(library: str) -> str | None:
     """Return the installed version of a library with its build, such as `2.13.0+cpu`; `None` if it is not installed."""
     try:
@@ -62,7 +62,7 @@ def moved(library: str) -> str:
 
 
 def never_tried(library: str) -> str:
-    """Return the sentence that the installed version of a library was never tested."""
+    """Return a sentence that the installed version of a library was never tested."""
     tried, own = ", ".join(TRIED[library]), version("devmap-config")
     found = f"{library} {installed(library)} was never tried with devmap-config {own} (tried: {tried})"
     return f"{found}: install one of these if something is off"

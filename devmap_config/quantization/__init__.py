@@ -1,1 +1,1 @@
-"""Quantization as transformers applies it: one file of `methods` says all that is known of a method."""
+"""Quantization as transformers applies it: each file of `methods` describes one method."""

@@ -1,4 +1,4 @@
-"""Reads the arguments of a quantization, which a profile or a checkpoint's config gives."""
+"""Reads the arguments of a quantization from a profile or a checkpoint's config."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 class QuantizationError(Exception):
-    """The arguments of a quantization cannot be meant; the text says which, `help` what to write."""
+    """The arguments of a quantization are invalid; the text says which, `help` what to write."""
 
     def __init__(self, message: str, help: str) -> None:
         self.help = help
@@ -20,7 +20,7 @@ class QuantizationError(Exception):
 
 @contextmanager
 def reported_as_error(method: str) -> Iterator[None]:
-    """Raise `QuantizationError` for what arguments of another shape than transformers writes make fail."""
+    """Turn errors into `QuantizationError` that arguments of an unexpected shape cause."""
     try:
         yield
     except (AttributeError, IndexError, KeyError, TypeError, ValueError, re.error) as error:
@@ -31,7 +31,7 @@ def reported_as_error(method: str) -> Iterator[None]:
 
 
 def flag(arguments: Mapping[str, Any], name: str) -> bool:
-    """Return an argument that is true or false; false where it is left out."""
+    """Return an argument that is true or false; false if it is left out."""
     value = arguments.get(name)
     if value is None or isinstance(value, bool):
         return bool(value)
@@ -47,14 +47,14 @@ def positive(arguments: Mapping[str, Any], name: str, default: int) -> int:
 
 
 def check_names(arguments: Mapping[str, Any], name: str) -> None:
-    """Raise where an argument is given and is not a list of names."""
+    """Raise if an argument is given and is not a list of names."""
     value = arguments.get(name)
     if value is not None and not (isinstance(value, list) and all(isinstance(each, str) for each in value)):
         raise QuantizationError(f"`{name}` is not a list of names", f"such as `{name}: [lm_head]`")
 
 
 def bits_and_group(method: str, arguments: Mapping[str, Any], known: Sequence[int]) -> tuple[int, int | None]:
-    """Return `bits`, and the columns that share a scale: `None` for all of a row, which is written as -1."""
+    """Return `bits`, and the number of columns that share a scale: `None` for whole rows, which is written as -1."""
     bits = positive(arguments, "bits", 4)
     if bits not in known:
         allowed = ", ".join(map(str, known))

@@ -1,4 +1,4 @@
-"""Every method of quantization by its name, and the quantization that a profile and a config come to."""
+"""Every method of quantization by name, and the quantization that follows from a profile and a config."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ def _sized() -> Iterator[Method]:
 METHODS: Mapping[str, Method] = MappingProxyType(
     {method.name: method for method in sorted((*_sized(), *UNSIZED), key=lambda method: method.name)}
 )
-"""As transformers 5.24's `QuantizationMethod`, in the order of their names."""
+"""The methods of transformers 5.24's `QuantizationMethod`, ordered by name."""
 
 
 def effective_quantization(
     own: Mapping[str, Any] | None, config: Mapping[str, Any], *, has_accelerator: bool = True
 ) -> Quantization | None:
-    """Return the quantization that transformers applies: the checkpoint's, which wins, else the profile's.
+    """Return the quantization that transformers applies: the checkpoint's if there is one, else the profile's.
 
     Args:
         own: `model.quantization` of the profile.
         config: the model's config.
-        has_accelerator: whether there is any; without one, some methods are dequantised while loading.
+        has_accelerator: whether the machine has an accelerator; without one, some methods dequantise while loading.
     """
     text_config = config.get("text_config")
     nested = text_config.get("quantization_config") if isinstance(text_config, dict) else None
@@ -58,11 +58,11 @@ def effective_quantization(
 
 
 def _method(name: str) -> Method:
-    """Return a method by its name; one that is not known has sizes that are not."""
+    """Return a method by its name; an unknown method has unknown sizes."""
     return METHODS.get(name) or Method(name=name)
 
 
 def transformers_arguments(own: Mapping[str, Any]) -> dict[str, Any]:
-    """Return `model.quantization` of a profile as transformers takes it."""
+    """Return `model.quantization` of a profile in the form for transformers."""
     arguments = {name: value for name, value in own.items() if name != "method"}
     return {"quant_method": own["method"], **_method(own["method"]).completed(arguments)}

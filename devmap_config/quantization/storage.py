@@ -20,12 +20,13 @@ if TYPE_CHECKING:
 BIAS_ITEM_BYTES = {"float16": 2, "float32": 4}
 
 PACKED_DTYPES = ("int8", "uint8", "int32", "float8_e4m3fn", "float8_e5m2")
-"""What quantised weights are held in, whose shape is not the graph's."""
+"""The dtypes of packed weights, whose shape differs from the graph's."""
 
 
 @dataclass(frozen=True, slots=True)
 class Storage:
-    """A tensor as it is held: its torch dtype, its bytes with companions, and what transformers' planner counts.
+    """The storage of a tensor: its torch dtype, its bytes with companions, and the bytes that transformers' planner
+    counts.
 
     `in_buffer` and `is_dense_where_offloaded` are as in `Format`.
     """
@@ -38,9 +39,9 @@ class Storage:
 
 
 def stored_tensors(model: PreTrainedModel, quantization: Quantization | None) -> dict[str, Storage]:
-    """Return how the tensors are held that the quantizer converts, of a model on the meta device.
+    """Return the storage of the tensors that the quantizer converts, of a model on the meta device.
 
-    Without a quantization, or where it is not known how it stores weights, there are none.
+    The result is empty without a quantization, or if its format is unknown.
 
     Raises:
         QuantizationError: if its arguments cannot be meant.
@@ -70,7 +71,7 @@ def stored_tensors(model: PreTrainedModel, quantization: Quantization | None) ->
 
 
 def _biases(weight: str, form: Format, tensors: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, Storage]]:
-    """Yield the biases beside a weight, where the quantizer's modules hold them in a dtype of their own."""
+    """Yield the biases beside a weight, if the quantizer's modules store them in another dtype."""
     if form.bias_dtype is None:
         return
     for name in (weight.removesuffix("weight") + "bias", f"{weight}_bias"):

@@ -1,9 +1,9 @@
-"""The methods whose sizes are not known: their weights are counted as they are before quantization, an upper bound.
+"""The methods with unknown sizes, whose weights are counted as before quantization, which is an upper bound.
 
-What a quantizer refuses is read off transformers 5.24: `quantizers/quantizer_METHOD.py`, `validate_environment`. Those
-without a `refusal` say nothing of the CPU or the disk there.
+The refusals come from transformers 5.24: `quantizers/quantizer_METHOD.py`, `validate_environment`. Methods without a
+`refusal` do not check for the CPU or the disk there.
 
-HQQ is among them because transformers 5.24 loads no such model (`HqqHfQuantizer` has no `get_quantize_ops`).
+HQQ is among them because transformers 5.24 cannot load such models (`HqqHfQuantizer` has no `get_quantize_ops`).
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ EXPERT_TENSORS = ("gate_up_proj", "up_proj", "down_proj")
 
 
 class Weight(NamedTuple):
-    """A matrix, or several of one shape in one tensor, whose elements take `element_bytes` before quantization."""
+    """A matrix, or several of one shape in one tensor, with elements of `element_bytes` before quantization."""
 
     rows: int
     columns: int
@@ -27,27 +27,29 @@ class Weight(NamedTuple):
 
     @property
     def elements(self) -> int:
-        """Elements of one matrix."""
+        """The number of elements of one matrix."""
         return self.rows * self.columns
 
     def blocks(self, rows: int | None = 1, columns: int | None = None) -> int:
-        """Return the blocks of this many rows and columns in one matrix, begun ones included; `None` for all."""
+        """Return the number of blocks of this many rows and columns in one matrix, counting partial ones; `None`
+        means all.
+        """
         return ceil(self.rows / (rows or self.rows)) * ceil(self.columns / (columns or self.columns))
 
 
 Weights = Iterator[tuple[str, Weight]]
-"""Weights with the names of their tensors."""
+"""Pairs of a tensor's name and its weight."""
 
 
 def is_linear(module: torch.nn.Module) -> bool:
-    """Return whether a module is torch's linear one, or of a class made from that."""
+    """Return whether a module is torch's linear module or of a subclass."""
     import torch
 
     return isinstance(module, torch.nn.Linear)
 
 
 def is_plain_linear(module: torch.nn.Module) -> bool:
-    """Return whether a module is torch's linear one or GPT-2's, and of no class made from these."""
+    """Return whether a module is exactly torch's linear module or GPT-2's, and not of a subclass."""
     import torch
 
     return type(module) is torch.nn.Linear or is_conv1d(module)
@@ -60,13 +62,14 @@ def left_as_they_are(
     *,
     add_default_skips: bool = False,
 ) -> list[str]:
-    """Return the patterns of modules that stay as they are, by transformers' own rule.
+    """Return the patterns of modules that are not converted, by transformers' own rule.
 
     Args:
         model: on the meta device.
         arguments: of the quantization.
-        name: the argument that lists modules which are to stay.
-        add_default_skips: whether those that transformers finds itself stay beside the listed ones.
+        name: the argument that lists modules not to convert.
+        add_default_skips: whether modules that transformers selects itself are also left, in addition to the listed
+            ones.
     """
     return modules_not_converted(model, arguments.get(name), add_default_skips=add_default_skips)
 
@@ -78,9 +81,9 @@ def matrices(
 
     Args:
         model: on the meta device.
-        is_converted: tells of a module whether the quantizer replaces such.
-        left: the patterns of modules that stay as they are.
-        suffix: comes behind a module's name before it is held against those.
+        is_converted: returns whether the quantizer replaces a module.
+        left: the patterns of modules that are not converted.
+        suffix: a text that is appended to a module's name before matching these patterns.
     """
     for name, module in model.named_modules():
         if is_converted(module) and should_convert_module(name + suffix, list(left)):
@@ -97,7 +100,7 @@ def linear_weights(
     add_default_skips: bool = False,
     suffix: str = "",
 ) -> Weights:
-    """Yield the weights of all linear modules but those that an argument lists, as most quantizers do.
+    """Yield the weights of all linear modules except those that an argument lists, like most quantizers.
 
     The arguments are those of `left_as_they_are` and `matrices`; `skips` is the argument that lists modules.
     """
@@ -106,7 +109,7 @@ def linear_weights(
 
 
 def fused_experts(model: PreTrainedModel, left: Sequence[str], is_converted: Callable[[str, Any], bool]) -> Weights:
-    """Yield the tensors of experts that are kept as one: `(expert, out, in)`, or the last two the other way round."""
+    """Yield the tensors of fused experts: `(expert, out, in)`, or with the last two swapped."""
     for path, module in model.named_modules():
         if not is_converted(path, module) or not should_convert_module(path, list(left)):
             continue

@@ -1,1 +1,1 @@
-"""One method of quantization a file, found by being here: its `METHOD` says all that is known of it."""
+"""One method of quantization in each file of this folder, described by its `METHOD`."""

@@ -1,4 +1,4 @@
-"""AWQ: 4 bits in words of int32, as gptqmodel's kernels hold them."""
+"""AWQ: 4-bit integers in words of int32, as gptqmodel's kernels store them."""
 
 from __future__ import annotations
 

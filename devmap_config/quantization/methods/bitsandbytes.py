@@ -28,7 +28,7 @@ NESTED_CODE_BYTES = 256 * 4 + 4
 """The 256 values of the quantised maxima in float32, and their offset."""
 
 STORAGE_ITEM_BYTES = {"int8": 1, "uint8": 1, "float16": 2, "bfloat16": 2, "float32": 4, "float64": 8, "int32": 4}
-"""What 4 bits may be packed into (`bnb_4bit_quant_storage`)."""
+"""The dtypes that 4-bit values may be packed into (`bnb_4bit_quant_storage`)."""
 
 COMPUTE_DTYPES = ("bfloat16", "float16", "float32")
 
@@ -44,7 +44,8 @@ def _format(quantization: Quantization) -> Format | None:
         meant = next((f"`{name}` by `{close}`" for name, close in misspelt.items() if close not in (None, name)), None)
         raise QuantizationError(f"bitsandbytes takes {wanted}", f"replace {meant}" if meant else f"say {wanted}")
     check_names(arguments, "llm_int8_skip_modules")
-    # What a map has on the CPU is then not converted (`_process_model_before_weight_loading`), and not in fp32 either.
+    # Modules that a map puts on the CPU are then not converted (`_process_model_before_weight_loading`), nor are they
+    # in fp32.
     offloads = flag(arguments, ACCEPT_OFFLOADING) and not quantization.is_prequantized
     if flag(arguments, "llm_int8_has_fp16_weight") or quantization.is_patched:
         return None
@@ -82,7 +83,7 @@ def _details(arguments: Arguments) -> str:
 
 
 def _computes_in(arguments: Arguments) -> str | None:
-    """Return the dtype to which `Linear4bit` casts inputs and weights: the one that transformers gives it, else
+    """Return the dtype to which `Linear4bit` casts inputs and weights: the one that transformers passes to it, else
     float32.
     """
     if not arguments.get("load_in_4bit"):
@@ -91,15 +92,15 @@ def _computes_in(arguments: Arguments) -> str | None:
 
 
 def _copies(quantization: Quantization, itemsize: int) -> Copies:
-    """Return the copies that bitsandbytes makes: on accelerators a dense one beyond a few tokens; the CPU's code is
-    torch's, most of it in float32, and packs weights of 4 bits anew when they are first multiplied with.
+    """Return the copies that bitsandbytes makes: a dense one on accelerators for more than a few tokens. The CPU's code
+    uses torch, mostly in float32, and repacks 4-bit weights at their first use.
     """
     if not quantization.is_on_cpu:
         return Copies(multiplying=itemsize)
     converted = itemsize if itemsize < FLOAT32_BYTES else 0
     if not quantization.arguments.get("load_in_4bit"):
         return Copies(multiplying=itemsize, quantising=itemsize + 2 * FLOAT32_BYTES + 2)
-    is_nf4 = quantization.arguments.get("bnb_4bit_quant_type") == "nf4"  # else fp4
+    is_nf4 = quantization.arguments.get("bnb_4bit_quant_type") == "nf4"  # otherwise fp4
     return Copies(multiplying=7, quantising=converted + (15 if is_nf4 else 29))
 
 

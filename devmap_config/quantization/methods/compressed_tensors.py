@@ -1,4 +1,4 @@
-"""compressed-tensors: dense from the first forward on, with the scales of the checkpoint beside."""
+"""compressed-tensors: dense from the first forward on, in addition to the scales of the checkpoint."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ if TYPE_CHECKING:
 
 
 FORMATS = {"pack-quantized": 16, "int-quantized": 0, "float-quantized": 0}
-"""The formats that are known, and the bytes of `weight_shape` (two in int64), which stays beside a weight."""
+"""The supported formats, with the bytes of `weight_shape` (two in int64), which stays beside a weight."""
 
 
 def _format(quantization: Quantization) -> Format | None:
-    """Dense weights, and beside them the scales of the checkpoint.
+    """Return the format: dense weights, and the scales of the checkpoint beside them.
 
-    transformers loads the compressed tensors, and the first forward decompresses all of them for good
-    (`ModelCompressor.add_decompress_hook`): what has to fit is what is held from then on.
+    transformers loads the compressed tensors, and the first forward decompresses all of them permanently
+    (`ModelCompressor.add_decompress_hook`). The memory from then on must fit.
     """
     arguments = quantization.arguments
     if flag(arguments, "dequantize") or arguments.get("run_compressed") is False:

@@ -1,4 +1,4 @@
-"""fp8: the fine-grained one of transformers, with a scale for each block of a matrix."""
+"""fp8: transformers' fine-grained method, with a scale for each block of a matrix."""
 
 from __future__ import annotations
 
@@ -33,17 +33,17 @@ def _format(quantization: Quantization) -> Format | None:
         return None
 
     def scales(weight: Weight) -> int:
-        """Scales of the blocks; of gate and up projections in one tensor, each has its own."""
+        """Return the number of scales; gate and up projections in one tensor have separate blocks."""
         return 1 if block is None else weight.blocks(*block)
 
     def size(weight: Weight) -> int | None:
         if not quantization.is_prequantized and block and (weight.rows % block[0] or weight.columns % block[1]):
-            # `Fp8Quantize` passes such a weight on, beside a scale that nothing sets.
+            # `Fp8Quantize` passes such a weight on, with a scale that is never set.
             return weight.elements * weight.element_bytes + scale_bytes * scales(weight)
         return weight.elements + scale_bytes * scales(weight) + (4 if is_static else 0)
 
     def planner(weight: Weight) -> int:
-        # A checkpoint's scales are counted as they are, those that are made while loading as if quantised themselves.
+        # A checkpoint's scales are counted in their own dtype, scales that loading makes as if they were quantised.
         per_scale = scale_bytes if quantization.is_prequantized else 1
         return weight.elements + per_scale * scales(weight) + (4 if is_static else 0)
 

@@ -1,4 +1,4 @@
-"""GPTQ: whole numbers of 2 to 8 bits in words of int32, as gptqmodel's kernels hold them."""
+"""GPTQ: integers of 2 to 8 bits in words of int32, as gptqmodel's kernels store them."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ if TYPE_CHECKING:
 
 
 BLOCKS = "transformer.h model.decoder.layers gpt_neox.layers model.layers model.language_model.layers".split()
-"""Where the blocks are that are quantised, the first that a model has (`optimum.gptq.constants.BLOCK_PATTERNS`)."""
+"""The paths of quantised blocks; the first that a model has counts (`optimum.gptq.constants.BLOCK_PATTERNS`)."""
 
 
 def _format(quantization: Quantization) -> Format | None:
     """Return the format: `qweight`, `qzeros` and `g_idx` in int32, `scales` in float16 (gptqmodel's `GPTQQuantLinear`).
 
-    Beside them stand the shifts that unpack a word, as gptqmodel's torch kernels hold them; other kernels repack, and
-    hold a workspace of some hundred bytes. These hold all of it in buffers; Marlin, which holds parameters, repacks
-    them once they are loaded, which it cannot where they are streamed.
+    gptqmodel's torch kernels also store the shifts that unpack a word; other kernels repack, and have a workspace of
+    some hundred bytes. These kernels store everything in buffers. Marlin has parameters, and repacks them after
+    loading, which is impossible for streamed ones.
     """
     bits, group = bits_and_group(METHOD.name, quantization.arguments, (2, 3, 4, 8))
     form = quantization.arguments.get("checkpoint_format") or quantization.arguments.get("format") or "gptq"

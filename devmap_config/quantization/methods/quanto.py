@@ -1,4 +1,4 @@
-"""quanto: int8 and fp8 with a scale a row, int4 and int2 with one a group."""
+"""quanto: int8 and fp8 with a scale for each row, int4 and int2 with one for each group."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 
 BITS = {"int8": 8, "float8": 8, "int4": 4, "int2": 2}
 SCALES_BYTES = 8
-"""`input_scale` and `output_scale` of a module in float32, which are held though activations are not quantised."""
+"""The bytes of a module's `input_scale` and `output_scale` in float32, which exist even if activations are not
+quantised.
+"""
 
 
 def _format(quantization: Quantization) -> Format | None:
@@ -40,7 +42,7 @@ def _format(quantization: Quantization) -> Format | None:
         return packed + 2 * weight.element_bytes * grouped_rows + SCALES_BYTES
 
     dtype = {"int8": "int8", "float8": "float8_e4m3fn"}.get(weights, "uint8")
-    # The planner sees those two scales in the model's dtype.
+    # The planner counts those two scales in the model's dtype.
     return Format(dtype, size, lambda weight: weight.elements * bits / 8 + 2 * weight.element_bytes)
 
 
@@ -55,10 +57,10 @@ def _group(columns: int) -> int | None:
 
 
 def _copies(quantization: Quantization, itemsize: int) -> Copies:
-    """Return the copies that quanto makes: `abs`, `div` and `round` while it quantises; a weight of 8 bits times its
-    scales, and of fp8 first in the dtype of these; of 4 and 2 bits a dense one where no kernel fits.
+    """Return the copies that quanto makes: `abs`, `div` and `round` while quantising; for products, an 8-bit weight
+    times its scales (fp8 is first cast to their dtype), and a dense copy of a 4-bit or 2-bit weight without a kernel.
 
-    The CPU has a kernel for int8 with activations in bfloat16, and converts int8 first if they are wider.
+    The CPU has a kernel for int8 with activations in bfloat16, and first converts int8 if they are wider.
     """
     weights = quantization.arguments.get("weights", "int8")
     multiplying, for_each_token = itemsize, weights != "int4"

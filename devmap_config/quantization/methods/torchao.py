@@ -1,4 +1,4 @@
-"""torchao: int8, fp8 or int4, as its configs say."""
+"""torchao: int8, fp8 or int4, by its configs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 TILE_ROWS, TILE_COLUMNS = 8, 1024
-"""What tinygemm's tiles are padded to (`Int4TilePackedTo4dTensor.from_hp`)."""
+"""The sizes that tinygemm's tiles are padded to (`Int4TilePackedTo4dTensor.from_hp`)."""
 
 
 def _format(quantization: Quantization) -> Format | None:
@@ -35,7 +35,7 @@ def _format(quantization: Quantization) -> Format | None:
     if block is None:
         return None
     if name == "Int8WeightOnlyConfig" and data.get("group_size") is None:
-        # A scale in float32 and a zero point in int8, though quantization is symmetric.
+        # A scale in float32 and a zero point in int8, even though quantization is symmetric.
         return Format("int8", lambda weight: weight.elements + 5 * weight.blocks(*block), lambda each: each.elements)
     dtype = data.get("weight_dtype") or "float8_e4m3fn"
     if isinstance(dtype, dict):
@@ -46,7 +46,7 @@ def _format(quantization: Quantization) -> Format | None:
 
 
 def _config(value: Any) -> dict[str, Any]:
-    """Return a torchao config as torchao writes it: from that, or from the name of its class alone."""
+    """Return a torchao config in torchao's form, from that form or from only the name of its class."""
     if isinstance(value, str):
         return {"_type": value, "_version": 2, "_data": {}}
     if isinstance(value, dict):
@@ -72,7 +72,7 @@ def _int4(data: Arguments) -> Format | None:
     if packing not in ("plain", "tile_packed_to_4d"):
         return None
     dtype, size = ("uint8", plain) if packing == "plain" else ("int32", tiled)
-    # What groups do not divide, torchao leaves as it is.
+    # torchao does not convert matrices that groups do not divide.
     return Format(
         dtype, lambda weight: None if weight.columns % group else size(weight), lambda weight: weight.elements * 0.5
     )
@@ -94,10 +94,10 @@ def _block(granularity: Any) -> tuple[int | None, int | None] | None:
 
 
 def _copies(quantization: Quantization, itemsize: int) -> Copies:
-    """Return the copies that torchao makes, in float32 some of them: `to`, `mul` and `clamp` each make one.
+    """Return the copies that torchao makes, some of them in float32: `to`, `mul` and `clamp` each make one.
 
-    Those of int8 convert the weight before they multiply with it, for one token too; those of fp8 multiply it by its
-    scales in float32, and convert that, where it is not float32 that they compute in. Of int4 it is not known.
+    int8 converts the weight before a product, even for one token. fp8 multiplies it by its scales in float32, and
+    converts the result unless it computes in float32. For int4, the copies are unknown.
     """
     kind = _config(quantization.arguments.get("quant_type"))["_type"]
     converted = itemsize if itemsize < FLOAT32_BYTES else 0
@@ -113,7 +113,7 @@ def _copies(quantization: Quantization, itemsize: int) -> Copies:
 METHOD = Method(
     name="torchao",
     format=_format,
-    converts=partial(linear_weights, suffix=".weight"),  # patterns are held against the parameter here, not the module,
+    converts=partial(linear_weights, suffix=".weight"),  # patterns are matched with the parameter here, not the module,
     details=lambda arguments: str(_config(arguments.get("quant_type"))["_type"]),
     copies=_copies,
     source="torchao 0.18: `linear` of `Int8Tensor` and `Float8Tensor`, and their `from_hp`; `Int4Tensor` has a kernel",
