@@ -1,4 +1,4 @@
-"""What may lie where a file is expected, and what is no file at all."""
+"""Things that can be in place of a file: directories, links, pipes, and files that cannot be used."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ NESTED = b"[" * 200_000
 
 
 def remove(path):
-    """Make room for something else under this name."""
+    """Remove a file or directory, so that something else can take its name."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -40,7 +40,7 @@ def sparse(path, _):
 
 
 def outside(path, _):
-    """A link to a file of which no part may be told."""
+    """Make a link to a file outside the repository, whose content must never be shown."""
     secret = path.parents[len(path.relative_to(path.cwd()).parts)] / "secret"
     secret.write_text(f"{UNTOLD}: {UNTOLD}\n")
     path.symlink_to(secret)
@@ -54,7 +54,7 @@ NO_FILES = {
     "broken link": link("gone"),
     "loop": lambda path, _: path.symlink_to(path.name),
 }
-"""What is not a regular file; each puts it where a file was, of which it is given the bytes."""
+"""Functions that put something other than a regular file in a file's place; each is given the file's bytes."""
 
 FILES = {
     "link to outside": outside,
@@ -71,7 +71,7 @@ BAD = {**NO_FILES, **FILES}
 
 
 def put(name, path):
-    """Put something bad in the place of a file."""
+    """Replace a file with something that cannot be read as one."""
     before = path.read_bytes()
     remove(path)
     BAD[name](path.absolute(), before)

@@ -1,4 +1,4 @@
-"""Maps that load and do not run, with small models that show it."""
+"""Device maps that load but do not run, with small models that show it."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ SHARED_CACHE: dict[str, Any] = {
         "AutoModelForCausalLM": "modeling_sharing.SharingForCausalLM",
     },
 }
-"""Its last layers read the cache of those before them, as no model of transformers does without bringing it along."""
+"""A model whose last layers read the cache of earlier ones without being passed it."""
 
 OWN_ROTATION: dict[str, Any] = {
     "architectures": ["MoshiForCausalLM"],
@@ -63,12 +63,14 @@ OWN_ROTATION: dict[str, Any] = {
     "max_position_embeddings": 128,
     "sliding_window": 64,
 }
-"""Every attention has a rotary embedding of its own."""
+"""A model in which every attention has its own rotary embedding."""
 
 
 @dataclass(frozen=True)
 class BrokenMap:
-    """A model and a map by patterns, accelerators by index; where it stops running, and what the mend names."""
+    """A model and a map by patterns, with accelerators by index; the module at which running fails, and the modules
+    that the repair names.
+    """
 
     config: dict[str, Any]
     device_map: dict[str, int]

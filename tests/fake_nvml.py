@@ -1,7 +1,9 @@
-"""NVIDIA's management library on a machine without a card: the part of `pynvml` that is asked, over cards of a test.
+"""A fake of `pynvml`, NVIDIA's management library: the functions that the product calls, with cards that a test
+defines.
 
-Names, types and errors are those of nvidia-ml-py 13.615. Cards are given in NVML's order, which need not be that of the
-bus; `driver_bytes` is what the driver keeps for itself, which the first version of the memory's call counts as used.
+Names, types and errors are those of nvidia-ml-py 13.615. Cards are given in NVML's order, which can differ from that of
+the bus. `driver_bytes` is the memory that the driver keeps for itself; the first version of the memory call counts it
+as used.
 """
 
 from __future__ import annotations
@@ -30,7 +32,10 @@ class FakeCard:
 
 @dataclass
 class FakeNvml:
-    """Made into a module by `module`. With `is_old` there is no second version of the memory's call."""
+    """NVML with the given cards; `module` returns it as a module.
+
+    With `is_old`, the second version of the memory call is missing.
+    """
 
     cards: tuple = ()
     is_old: bool = False

@@ -1,4 +1,4 @@
-"""A model hub in small, on this machine: it serves repositories by commit and notes what is asked of it."""
+"""A small model hub on this machine: it serves repositories by commit and records the requests."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ RESOLVE = re.compile(r"/(?P<repository>.+)/resolve/(?P<revision>[^/]+)/(?P<file>
 
 @dataclass
 class Hub:
-    """Files by commit, commits by branch; `sent` is how many bytes of which file went out, in order.
+    """Files by commit and commits by branch; `sent` lists the file and number of bytes of each response, in order.
 
-    A part that is asked for is followed by `surplus_megabytes` more; `flooded_megabytes` began to go out.
+    Each response to a range request is followed by `surplus_megabytes` more; `flooded_megabytes` counts those that were
+    sent.
     """
 
     files: dict[str, dict[str, bytes]] = field(default_factory=dict)
@@ -27,7 +28,7 @@ class Hub:
     endpoint: str = ""
 
     def sent_of(self, file):
-        """The ranges of a file that went out, as `(start, end)`."""
+        """Return the ranges of a file that were sent, as `(start, end)`."""
         return [(start, end) for name, start, end in self.sent if name == file]
 
 

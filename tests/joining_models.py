@@ -1,4 +1,6 @@
-"""Models whose own forward, outside of every block, joins what several blocks made: their code, and ways to join."""
+"""Models whose own forward, outside of every block, combines the outputs of several blocks: their code, and ways of
+combining.
+"""
 
 from __future__ import annotations
 
@@ -90,7 +92,7 @@ JOINS: dict[str, tuple[str, str]] = {
 
 
 def code_of(join: str) -> str:
-    """The code of the model that joins so."""
+    """Return the code of the model that combines outputs in this way."""
     each, end = JOINS[join]
     code = CODE.replace("__EACH__", each or "pass").replace("__END__", end or "pass")
     if join == WITHIN:
@@ -99,7 +101,7 @@ def code_of(join: str) -> str:
 
 
 def config_of(layers: int) -> dict[str, Any]:
-    """The config of such a model."""
+    """Return the config of such a model."""
     return {
         "architectures": ["JoiningForCausalLM"],
         "model_type": "joining",

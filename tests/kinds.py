@@ -1,4 +1,4 @@
-"""Kinds of models, small enough to be run for real."""
+"""Small configs of each kind of model, which tests run with real numbers."""
 
 from __future__ import annotations
 
@@ -73,22 +73,22 @@ DEEP: dict[str, dict[str, Any]] = {
     "encoder-decoder": {"num_layers": 7},
     "hybrid": {"num_hidden_layers": 8, "layers_block_type": ["mamba", "hybrid"] * 4},
 }
-"""How the depth of some is told."""
+"""Values that set the number of blocks, for kinds that need others than `num_hidden_layers`."""
 
 
 def config_of(name: str, **arguments: Any) -> Any:
-    """The config of a kind, with other values where they are given."""
+    """Return the config of a kind, with some values replaced."""
     _, config_class, own = MODELS[name]
     return getattr(transformers, config_class)(**{**own, **arguments})
 
 
 def deep_config_of(name: str) -> Any:
-    """The same with more blocks than are run."""
+    """Return the config of a kind with more blocks than a measurement runs."""
     return config_of(name, **DEEP.get(name, {"num_hidden_layers": 7}))
 
 
 def config_of_shared_caches() -> Any:
-    """A Gemma 3n whose later layers read what those before them cached."""
+    """Return the config of a Gemma 3n whose later layers read the caches of earlier ones."""
     sizes = {**GROUPED, "head_dim": 32, "num_hidden_layers": 12, "num_kv_shared_layers": 7, "sliding_window": 16}
     return transformers.Gemma3nTextConfig(
         **{**sizes, "hidden_size_per_layer_input": 16, "laurel_rank": 8, "vocab_size_per_layer_input": 512},

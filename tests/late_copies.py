@@ -1,7 +1,7 @@
-"""The streams of an accelerator on which copies are late, to see that whatever must wait for them does.
+"""Simulated streams of an accelerator whose copies are late, to test that everything which must wait for a copy does.
 
-Copies arrive as late as they may, and until then what is in a slot is poison. What is computed is computed at once; a
-copy that may begin before what computes with the slot has ended is an error.
+A copy arrives as late as it may, and until then its slot holds poison. Computation is immediate; a copy that may begin
+before the computation with its slot has ended is an error.
 """
 
 from __future__ import annotations
@@ -33,7 +33,11 @@ class Copy:
 
 @dataclass(eq=False)
 class Stream:
-    """`position` says how far it was told to come, `waits` that it goes on only once another has come so far."""
+    """A stream.
+
+    `position` returns how far it has been told to go, `reach` completes it up to a position, and `waits` makes it wait
+    for an event.
+    """
 
     position: Callable[[], int]
     reach: Callable[[int], None]
@@ -56,10 +60,10 @@ class Event:
 
 
 class LateCopies:
-    """The two streams of an accelerator, which is late with copies and computes at once.
+    """The two streams of an accelerator: copies are late, and computation is immediate.
 
-    `computed` counts what was computed, and `used` says of memory when that was last done with it; `after` is how much
-    of it is done before copies begin that are given from now on.
+    `computed` counts computations, and `used` tells for each memory when it was last used by one; `after` is the number
+    of computations that end before copies issued from now on begin.
     """
 
     def __init__(self):
@@ -82,7 +86,9 @@ class LateCopies:
         self.copies.append(Copy(source, target))
 
     def watch(self, module):
-        """Note with what memory a module computes; accelerate's hook has it called where its weights are there."""
+        """Record the memory that a module computes with; accelerate's hook calls this once the module's weights are in
+        place.
+        """
         module._old_forward = partial(self.compute, module, module._old_forward)
 
     def compute(self, module, forward, *arguments, **options):

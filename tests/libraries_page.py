@@ -1,4 +1,4 @@
-"""The tables of docs/libraries.md, from the adapters and from who imports what of them; run, it writes them anew."""
+"""The tables of docs/libraries.md, made from the adapters and their imports; run as a script, it rewrites them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LIBRARIES = ("torch", "transformers", "accelerate")
 
 
 def privates():
-    """By adapter, the name of every constant and the thing that it stands for."""
+    """Return each adapter's constants: the name and the private part that it stands for."""
     found = {}
     for path in ADAPTERS:
         if path.stem != "__init__":
@@ -32,7 +32,7 @@ def privates():
 
 @cache
 def functions_by_constant(path):
-    """By constant of an adapter, its public functions and values that rest on it, by way of others of its own too."""
+    """Return, for each name that an adapter defines, the names that it uses."""
     tree = ast.parse(path.read_text())
     uses = {}
     for node in tree.body:
@@ -48,7 +48,7 @@ def functions_by_constant(path):
 
 @cache
 def imported_from_adapters():
-    """By module of the product, which names it imports from which adapter."""
+    """Return, for each module of the product, the names that it imports from each adapter."""
     found = {}
     for path in SOURCES:
         name = path.relative_to(PACKAGE).as_posix()
@@ -60,7 +60,7 @@ def imported_from_adapters():
 
 
 def users_of(adapter, constant):
-    """The modules of the product that import what rests on a constant."""
+    """Return the modules of the product that import a constant, or something that uses it."""
     uses = functions_by_constant(PACKAGE / "libraries" / f"{adapter}.py")
     resting = {constant}
     while more := {name for name, inside in uses.items() if inside & resting} - resting:
@@ -69,7 +69,7 @@ def users_of(adapter, constant):
 
 
 def table():
-    """The rows of the page, by library: the thing, what rests on it, who uses it."""
+    """Return the rows of the page by library: the private part, its use, and the modules that use it."""
     rows = {library: [] for library in LIBRARIES}
     for adapter, named in privates().items():
         for constant, private in named.items():
@@ -82,7 +82,7 @@ HEAD = "| what | what rests on it | used by |\n|---|---|---|\n"
 
 
 def with_tables(text):
-    """The page with the table of each library as it is to be."""
+    """Return the page with the table of each library replaced."""
     for library, rows in table().items():
         section = f"## {library}\n\n{HEAD}" + "\n".join(rows) + "\n\n"
         before, heading, rest = text.partition(f"## {library}\n")

@@ -1,8 +1,8 @@
-"""The pages of the documentation, as blocks that can be run.
+"""The pages of the documentation as blocks that can be run.
 
-A `yaml` block whose first line is a comment with a file's name is that file. A `console` block has commands behind
-`$ `, and below each what it prints: each line must be in the output, blanks aside; `…` stands for anything. A command
-says `# exit code N` if that is not 0, and `# needs: gpu` or `# needs: hub` if it is not run.
+A `yaml` block whose first line is a comment with a file name is that file. A `console` block has commands behind `$ `,
+followed by the lines that they print: each of these must be in the output, regardless of blanks; `…` matches anything.
+A command ends with `# exit code N` if that is not 0, and with `# needs: gpu` or `# needs: hub` if it is not run.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class File:
 
 @dataclass(frozen=True)
 class Command:
-    """A command line, with the lines that it is shown to print."""
+    """A command line with the lines that the page shows as its output."""
 
     line: str
     printed: tuple[str, ...] = ()
@@ -44,7 +44,7 @@ class Command:
 
 
 def pages() -> list[Path]:
-    """Return the pages: the README and docs, but not those of the codes, which `tests/cases` runs."""
+    """Return the pages: the README and docs, without those of the codes, which `tests/cases` runs."""
     found = sorted((REPOSITORY / "docs").rglob("*.md"))
     return [REPOSITORY / "README.md", *(page for page in found if "codes" not in page.parts)]
 
@@ -54,7 +54,7 @@ def name_of(page: Path) -> str:
 
 
 def blocks(page: Path) -> Iterator[File | Command]:
-    """Return the files and commands of a page, in their order."""
+    """Return the files and commands of a page, in order."""
     for block in BLOCK.finditer(page.read_text(encoding="utf-8")):
         kind, text = block["kind"], block["text"]
         if kind == "yaml" and (named := NAME.match(text)):

@@ -1,4 +1,4 @@
-"""Plans of a model over several devices, that run and that do not, without a profile."""
+"""Plans of a model over several devices, made without a profile: some run, some do not."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ CAPACITY_BYTES = 1 << 40
 
 
 def plan_of(graph: ModelGraph, homes: Mapping[str, Location], *, offload_buffers: bool = False) -> Plan:
-    """Return the plan that has these units there; a unit within another one is taken out of it."""
+    """Return the plan with these units on these devices; a unit within another one is removed from it."""
     tensors: dict[str, list[str]] = {}
     for name in graph.tensors:
         around = (unit for unit in homes if name == unit or name.startswith(f"{unit}."))
@@ -37,7 +37,7 @@ def plan_of(graph: ModelGraph, homes: Mapping[str, Location], *, offload_buffers
 
 
 def plans_that_run(graph: ModelGraph) -> Iterator[tuple[str, Plan]]:
-    """Yield plans that keep blocks whole, but for what computes on the CPU, each with what it shows."""
+    """Yield plans that run, each with its description; they split blocks only for parts that compute on the CPU."""
     card, other, third = (Location(card, card) for card in CARDS)
     streamed, read, computed = Location(CPU, CARDS[0]), Location(DISK, CARDS[0]), Location(CPU, CPU)
     yield "one card", plan_of(graph, _in_runs(graph, [card]))
@@ -56,7 +56,7 @@ def plans_that_run(graph: ModelGraph) -> Iterator[tuple[str, Plan]]:
 
 
 def plans_that_do_not(graph: ModelGraph) -> Iterator[tuple[str, Plan]]:
-    """Yield plans that split a block: the first, the last or one between of those on a card."""
+    """Yield plans that do not run: they split the first, the last or a middle block of a card."""
     homes = _in_runs(graph, [Location(card, card) for card in CARDS[:2]])
     layers = [path for path in _layers(graph) if homes[path].runs_on == CARDS[1]]
     for place in dict.fromkeys((0, len(layers) // 2, len(layers) - 1)):
@@ -68,7 +68,7 @@ def plans_that_do_not(graph: ModelGraph) -> Iterator[tuple[str, Plan]]:
 
 
 def _in_runs(graph: ModelGraph, homes: list[Location]) -> dict[str, Location]:
-    """The layers in order, in as many runs; what is between and behind them is with the one before."""
+    """Divide the layers, in order, into one run per home; modules between and after them join the run before."""
     layers = _layers(graph)
     placed, seen = {}, 0
     for path in graph.blocks:
@@ -78,7 +78,7 @@ def _in_runs(graph: ModelGraph, homes: list[Location]) -> dict[str, Location]:
 
 
 def _with_part(graph: ModelGraph, homes: dict[str, Location], part: str, home: Location) -> dict[str, Location]:
-    """The same with a part of a block elsewhere: no unit lies within another."""
+    """Return the plan with a part of a block on another device; no unit is within another."""
     block = part.rpartition(".")[0]
     module = graph.modules[block]  # type: ignore[index]
     parts = [*(tensor.name for tensor in module.own_tensors), *(child.path for child in module.children)]
@@ -101,7 +101,7 @@ def _whole(graph: ModelGraph, placed: dict[str, Location], first: Location) -> d
 
 
 def _layers(graph: ModelGraph) -> list[str]:
-    """The blocks that are items of a list; all of them of a model whose layers may be split into smaller ones."""
+    """Return the blocks that are items of a list, or all blocks if the layers can be split into smaller ones."""
     numbered = [path for path in graph.blocks if path.rpartition(".")[2].isdigit() and graph.modules[path].children]
     return numbered or list(graph.blocks)
 

@@ -1,4 +1,4 @@
-"""The profile whose page is tested, as text and in a browser: it has every way in which weights come to run."""
+"""The profile of the report that is tested as text and in a browser; its plan places weights in every way there is."""
 
 PROFILE = """\
 version: 1

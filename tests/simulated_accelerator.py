@@ -1,11 +1,11 @@
-"""An accelerator on a machine that has none: `npu:0` and `npu:1`, with real numbers, apart from the CPU and each other.
+"""A simulated accelerator with real numbers: `npu:0` and `npu:1`, separate from the CPU and from each other.
 
-torch lets a backend be written in Python. Here, a tensor of the accelerator holds a tensor of the CPU, and its kernels
-are the CPU's: so what is computed can be held to the plain model bit by bit, while an operation over tensors of two
-devices fails as it does on a card. Memory is not limited, copies and kernels cost what they cost on the CPU, and there
-are no streams: speed, capacity and anything asynchronous is for real accelerators to show.
+torch lets a backend be written in Python. Here a tensor of the accelerator wraps a tensor of the CPU, and the CPU's
+kernels compute: results can be compared with the plain model bit by bit, while an operation over tensors of two devices
+fails as on a card. Memory is unlimited, copies and kernels take the time that they take on the CPU, and there are no
+streams: speed, capacity and asynchronous behaviour can only be tested on a real accelerator.
 
-It cannot be taken back: only for a process of its own.
+torch cannot unregister a backend, so install this only in a process of its own.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _kept = []
 
 
 def install():
-    """Make the accelerator known to torch, as one that is available."""
+    """Register the accelerator with torch as an available one."""
     _setup_privateuseone_for_python_backend(KIND, backend_module=_Backend())
     library = torch.library.Library("aten", "IMPL")
     library.impl("empty.memory_format", _empty, "PrivateUse1")
@@ -43,7 +43,7 @@ def install():
 
 
 class SimulatedTensor(torch.Tensor):
-    """A tensor that says it is on an accelerator; `held` has its numbers."""
+    """A tensor that reports an accelerator as its device; `held` is the CPU tensor with its numbers."""
 
     @staticmethod
     def __new__(cls, held, device=None, requires_grad=False):
@@ -88,7 +88,7 @@ class SimulatedTensor(torch.Tensor):
 
 
 def _run(operation, args, kwargs):
-    """The operation on what the tensors hold; its results are on their one device, or where it copies to."""
+    """Run an operation on the CPU tensors; the results are on the arguments' device, or on the target of a copy."""
     wrappers = {}
     devices = {}
 
@@ -145,7 +145,7 @@ def _copy_from(source, target, non_blocking=False):
 
 
 class _Backend:
-    """What torch, transformers and accelerate ask of `torch.npu`."""
+    """The part of `torch.npu` that torch, transformers and accelerate call."""
 
     def is_available(self):
         return True

@@ -1,4 +1,4 @@
-"""Adapters of small models, as PEFT makes and saves them, with weights at random that change what a model says."""
+"""Adapters of small models, made and saved by PEFT, with random weights that change the model's output."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ KINDS = {
 
 
 def adapted(model, seed=1, **arguments):
-    """PEFT's model around one, with weights at random."""
+    """Wrap a model in PEFT's model, with random weights."""
     config = peft.LoraConfig(**{"r": 8, "lora_alpha": 12, "task_type": "CAUSAL_LM", **arguments})
     result = peft.get_peft_model(model, config, autocast_adapter_dtype=False)
     torch.manual_seed(seed)
@@ -44,7 +44,7 @@ def adapted(model, seed=1, **arguments):
 
 
 def save_adapter(model, folder="adapter", **arguments):
-    """The same, saved without what PEFT keeps of embeddings besides."""
+    """Save such an adapter without the embeddings that PEFT would add."""
     result = adapted(model, **arguments)
     result.save_pretrained(folder, save_embedding_layers=False)
     return result

@@ -1,4 +1,4 @@
-"""Small configs of models that take images or sound, consistent in themselves, by what they are an example of."""
+"""Small consistent configs of models that take images or sound, by the case that each stands for."""
 
 from __future__ import annotations
 
@@ -251,7 +251,7 @@ PROCESSORS: dict[str, dict[str, Any]] = {
 
 
 def built(config: dict[str, Any], dtype: Any, *, on_meta: bool = False) -> Any:
-    """The model of a config, with random weights or without any."""
+    """Build the model of a config, with random weights or on the meta device."""
     import torch
     import transformers
     from transformers import AutoConfig

@@ -1,4 +1,4 @@
-"""Models of a few layers of each kind that streaming tells apart, with random weights."""
+"""Models of a few layers and random weights, one of each kind that streaming treats differently."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tiny checkpoints of every architecture: default configs with few layers, narrow ones, and random weights."""
+"""Tiny checkpoints of every architecture: default configs made narrow, with few layers and random weights."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ OTHERWISE = {
 
 
 def shrunk(values: dict[str, Any], factor: int, *, shallow: bool, words: bool) -> dict[str, Any]:
-    """A config's values, and those of the configs within, with widths and heads divided, and few layers and words."""
+    """Return the values of a config and its inner configs with widths and heads divided, and few layers and words."""
     found: dict[str, Any] = {}
     layers = number_of_layers(values)
     for key, value in values.items():
@@ -136,12 +136,12 @@ NO_CONFIGS = (
 
 
 def number_of_layers(values: dict[str, Any]) -> int | None:
-    """How many layers a config has, where it says so."""
+    """Return the number of layers of a config, if it states one."""
     return next((values[key] for key in values if LAYERS.match(key) and isinstance(values[key], int)), None)
 
 
 def kept_layers(values: dict[str, Any], layers: int) -> list[int]:
-    """Few layers of so many: of each kind the first and the last, as long as there is room."""
+    """Choose this number of layers: the first and last of each kind, as far as there is room."""
     kinds = values.get("layer_types") or values.get("layers_block_type") or [None] * layers
     last = {kind: place for place, kind in enumerate(kinds)}
     chosen = dict.fromkeys([*(kinds.index(kind) for kind in last), *last.values(), *range(layers)])
@@ -149,9 +149,10 @@ def kept_layers(values: dict[str, Any], layers: int) -> list[int]:
 
 
 def prepared(values: dict[str, Any], *, shallow: bool) -> dict[str, Any]:
-    """A config's values, and those of the configs within, that stay consistent when they are made smaller.
+    """Return the values of a config and its inner configs, changed so that they stay consistent when divided.
 
-    What is left out is there, the number of heads is a power of two, and of what is said by layer few layers are left.
+    Missing values are filled in, the number of heads is a power of two, and lists with one value per layer are
+    shortened.
     """
     found = {key: LEFT_OUT.get(key) if value is None else value for key, value in values.items()}
     found |= with_even_heads(found)
@@ -175,7 +176,7 @@ def prepared(values: dict[str, Any], *, shallow: bool) -> dict[str, Any]:
 
 
 def with_even_heads(values: dict[str, Any]) -> dict[str, Any]:
-    """The width and the numbers of heads of a config, heads as wide as they were and a power of two of them."""
+    """Return the width and numbers of heads of a config, with heads of the same width and a power of two of them."""
     width = next((key for key in ("hidden_size", "d_model", "n_embd", "emb_dim") if values.get(key)), None)
     heads = next((values[key] for key in ("num_attention_heads", "n_heads", "n_head") if values.get(key)), None)
     if width is None or not isinstance(heads, int):
@@ -186,7 +187,7 @@ def with_even_heads(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def classes_of(config_class: Any) -> list[Any]:
-    """The classes that a type has, the one with the most telling head first: it uses the most of its tensors."""
+    """Return the classes of a type, first the one whose head uses the most of the model's tensors."""
     from transformers.models.auto import modeling_auto as auto
 
     telling = (
@@ -210,12 +211,12 @@ def _class_in(mapping: Any, config_class: Any) -> Any:
 
 
 def tiny_model(model_type: str) -> PreTrainedModel:
-    """The narrowest and shallowest model of a type that transformers builds and that runs, with random weights.
+    """Return the narrowest and shallowest model of a type that transformers builds and that runs, with random weights.
 
-    A default config is made smaller as it is, and where that leads to nothing, once it is prepared for it.
+    A default config is made smaller directly; if that fails, it is prepared first.
 
     Raises:
-        LookupError: where there is none, or none that is small.
+        LookupError: if there is none, or none that is small.
     """
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -237,7 +238,7 @@ def tiny_model(model_type: str) -> PreTrainedModel:
 
 
 def smallest(model_class, config_class, values, refused, *, prepare) -> PreTrainedModel | None:
-    """The first that runs, else that is built, of ever wider and deeper models; why others are not, in `refused`."""
+    """Return the first of ever wider and deeper models that runs, or else that builds; `refused` gets the reasons."""
     built: list[PreTrainedModel] = []
     for factor in FACTORS:
         for shallow, words in ((True, True), (True, False), (False, True), (False, False)):
@@ -262,7 +263,7 @@ def smallest(model_class, config_class, values, refused, *, prepare) -> PreTrain
 
 
 def save(model_type: str, folder: Path, dtype=torch.float32) -> PreTrainedModel:
-    """A checkpoint with random weights."""
+    """Save a checkpoint with random weights."""
     model = tiny_model(model_type)
     kept = set(model.state_dict())
     with torch.no_grad():
@@ -274,7 +275,7 @@ def save(model_type: str, folder: Path, dtype=torch.float32) -> PreTrainedModel:
 
 
 def tensors_of(output: Any) -> list[torch.Tensor]:
-    """The tensors of what a model returns, but for those of its cache."""
+    """Return the tensors of a model's output, without its cache."""
     if isinstance(output, torch.Tensor):
         return [output]
     if isinstance(output, dict):
@@ -283,14 +284,14 @@ def tensors_of(output: Any) -> list[torch.Tensor]:
 
 
 def inputs_for(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """What a model takes, of numbers that depend on nothing: of several kinds the first by which it runs."""
+    """Return fixed inputs for a model: the first kind of inputs by which it runs."""
     kinds = list(kinds_of_inputs(model))
     return next((inputs for inputs in kinds if runs(model, inputs)), kinds[0])
 
 
 @torch.no_grad()
 def runs(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> bool:
-    """Whether a model gives anything for these inputs."""
+    """Tell whether a model returns anything for these inputs."""
     try:
         return bool(tensors_of(model(**inputs)))
     except Exception:
@@ -298,7 +299,7 @@ def runs(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> bool:
 
 
 def kinds_of_inputs(model: PreTrainedModel) -> Iterator[dict[str, torch.Tensor]]:
-    """The usual inputs of a model, then what models take instead of these or besides."""
+    """Yield the usual inputs of a model, then the inputs that models take instead of them or in addition."""
     accepted = inspect.signature(model.forward).parameters
     usual = usual_inputs(model)
     required = {name for name, each in accepted.items() if each.default is each.empty}
@@ -312,7 +313,7 @@ OF_TEXT = ("input_ids", "qformer_input_ids")
 
 
 def others_than_usual(model: PreTrainedModel, usual: dict[str, torch.Tensor]) -> Iterator[dict[str, torch.Tensor]]:
-    """Inputs by name: each a kind that stands in place of the usual ones of these names, or besides them."""
+    """Return inputs by name; each replaces the usual inputs of these names, or is added to them."""
     text = {"input_ids": TOKENS_GIVEN, "qformer_input_ids": TOKENS_GIVEN}
     boxes = torch.arange(48).reshape(1, 12, 4) % 4 * 2
     few_words = {"input_ids": TOKENS_GIVEN % 30}
@@ -356,13 +357,13 @@ def drawn(*shape: int) -> torch.Tensor:
 
 
 def within(config: dict[str, Any], key: str) -> Any:
-    """A value of a config, or of the first of the configs within that has one."""
+    """Return a value of a config, or of the first of its inner configs that has it."""
     configs = [config, *(value for value in config.values() if isinstance(value, dict))]
     return next((each[key] for each in configs if each.get(key)), None)
 
 
 def usual_inputs(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """What a model of its kind takes, of numbers that depend on nothing."""
+    """Return the fixed inputs that models of this kind usually take."""
     accepted = inspect.signature(model.forward).parameters
     config = model.config
     generator = torch.Generator().manual_seed(0)

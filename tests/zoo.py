@@ -1,4 +1,4 @@
-"""Every architecture that transformers builds from a default config, as a meta model."""
+"""Every architecture that transformers builds from a default config, as a model on the meta device."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def model_types() -> list[str]:
-    """Every model type that transformers knows."""
+    """Return every model type that transformers knows."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     return sorted(CONFIG_MAPPING.keys())
@@ -42,31 +42,31 @@ SENSIBLE: dict[str, dict[str, Any]] = {
 
 
 def causal_model_types() -> list[str]:
-    """Every model type that has a causal language model."""
+    """Return every model type that has a causal language model."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     return sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 
 
 def sequence_model_types() -> list[str]:
-    """Every model type with an encoder and a decoder of text."""
+    """Return every model type with a text encoder and a text decoder."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
 
     return sorted(MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES)
 
 
 def image_text_model_types() -> list[str]:
-    """Every model type that goes on with a text about images."""
+    """Return every model type that takes images with text and writes text."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
     return sorted(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
 
 
 def build(model_type: str, dtype: str = "float32") -> PreTrainedModel:
-    """The meta model of a default config, by the most telling head that the type has.
+    """Build the meta model of a default config, with the head that uses the most of the model.
 
     Raises:
-        Exception: whatever transformers raises for a type without a valid default config or a package that is missing.
+        Exception: whatever transformers raises for a type without a valid default config, or with a missing package.
     """
     import torch
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -78,14 +78,14 @@ def build(model_type: str, dtype: str = "float32") -> PreTrainedModel:
 
 
 FEW_LAYERS = 4
-"""Of a shallow model: enough for two kinds of layers in turn, and for a run of them on each of two devices."""
+"""The layers of a shallow model: enough for two alternating kinds, and for a run of them on each of two devices."""
 
 SHALLOW = ({"num_hidden_layers": FEW_LAYERS}, {"n_layer": FEW_LAYERS}, {"n_layers": FEW_LAYERS})
-"""Under which names configs take their depth."""
+"""The names under which configs state their number of layers."""
 
 
 def build_shallow(model_type: str, dtype: str = "float32") -> PreTrainedModel:
-    """The same with few layers, where its config takes their number and builds with it."""
+    """Build the meta model with few layers, if its config can state their number and builds with it."""
     import torch
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -96,18 +96,18 @@ def build_shallow(model_type: str, dtype: str = "float32") -> PreTrainedModel:
             config = CONFIG_MAPPING[model_type](**depth)
             if next(iter(depth)) in config.to_dict():
                 return build_meta_model(_class_of(config), config, getattr(torch, dtype))
-        except Exception:  # noqa: S112 - lists by layer, say, that must be as long
+        except Exception:  # noqa: S112 - such as lists by layer, whose lengths no longer match
             continue
     return build(model_type, dtype)
 
 
 def image_model_types() -> list[str]:
-    """Every model type that goes on with a text about images."""
+    """Return every model type that takes images and writes text."""
     return image_text_model_types()
 
 
 def sound_model_types() -> list[str]:
-    """Every model type that goes on with a text about sound, or writes down what it hears."""
+    """Return every model type that takes sound and writes text, or transcribes it."""
     from transformers.models.auto import modeling_auto as auto
 
     names = {*auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES, *auto.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES}
@@ -123,10 +123,10 @@ ALSO_OF_SOUND = (
 
 
 def build_media(model_type: str, dtype: str = "bfloat16") -> PreTrainedModel:
-    """The meta model of a small config that is consistent in itself, of a type that takes images or sound.
+    """Build the meta model of a small consistent config, of a type that takes images or sound.
 
     Raises:
-        Exception: whatever transformers raises for a type without a valid default config or a package that is missing.
+        Exception: whatever transformers raises for a type without a valid default config, or with a missing package.
     """
     import torch
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -174,7 +174,7 @@ WIDTHS = ("out_hidden_size", "projection_dim", "output_dim")
 
 
 def _make_consistent(config: Any) -> None:
-    """Let what towers give be as wide as the text's embeddings, which defaults of the one and the other are not."""
+    """Make the outputs of towers as wide as the text's embeddings, which default configs do not ensure."""
     text = getattr(config, "text_config", None)
     for inner in _within(config):
         if text is not None and inner is not text:

@@ -1,6 +1,7 @@
-"""Mixtures whose experts compute on the CPU, each against the plain model: collected by a process of its own.
+"""Mixtures whose experts compute on the CPU give the logits of the plain model; `test_logits.py` runs this in a
+process.
 
-See `test_logits.py`; only the accelerator is simulated.
+Only the accelerator is simulated.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Loads the model of a profile in a process of its own; prints the most RAM that it held, files' pages left out."""
+"""A script that loads the model of a profile and prints the most RAM that its process held, without pages of files."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def anonymous_bytes():
 
 
 def mapped_bytes(model):
-    """Of the model's weights, those that are pages of a file."""
+    """Return the bytes of the model's weights that are pages of a file."""
     lines = [line.split() for line in MAPS.read_text().splitlines() if "safetensors" in line]
     spans = [tuple(int(end, 16) for end in line[0].split("-")) for line in lines]
     return sum(

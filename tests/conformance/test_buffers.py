@@ -1,7 +1,7 @@
-"""Holds where an `Executor` says that tensors are, and what is copied, to what accelerate's own hooks do.
+"""An `Executor` states the same locations and copies of tensors as accelerate's own hooks have.
 
-The CPU stands in for a card: what a map has on a `torch.device` stays there and computes, while the strings `cpu` and
-`disk` mean streaming. So what is on the meta device is streamed, and all else is where modules run.
+The CPU stands in for a card: modules that a map has on a `torch.device` stay there and compute, while the strings `cpu`
+and `disk` mean streaming. So tensors on the meta device are streamed, and all others are where modules run.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Blocks(torch.nn.Module):
 
 
 @pytest.mark.parametrize("offload_buffers", [False, True])
-def test_tensors_are_where_accelerate_leaves_them(offload_buffers, tmp_path):
+def test_executor_states_where_accelerate_leaves_tensors(offload_buffers, tmp_path):
     model = dispatch_model(
         Blocks(),
         {"kept": CARD, "in_ram": "cpu", "on_disk": "disk"},
@@ -81,8 +81,8 @@ def test_tensors_are_where_accelerate_leaves_them(offload_buffers, tmp_path):
 
 
 @pytest.mark.parametrize("card", ["mps", 0])
-def test_what_is_streamed_is_what_accelerate_offloads(card, monkeypatch):
-    """Beside Apple's GPU accelerate offloads nothing to the CPU: it puts all of it where it runs."""
+def test_streamed_tensors_are_those_that_accelerate_offloads(card, monkeypatch):
+    """Beside Apple's GPU accelerate offloads nothing to the CPU: it places everything where it runs."""
     told = {}
     monkeypatch.setattr(big_modeling, "attach_align_device_hook_on_blocks", lambda _, **options: told.update(options))
     model = torch.nn.ModuleDict({name: torch.nn.Linear(2, 2) for name in ("first", "second")})
@@ -95,7 +95,7 @@ def test_what_is_streamed_is_what_accelerate_offloads(card, monkeypatch):
 
 
 class Packed(torch.nn.Module):
-    """A linear module as gptqmodel's torch kernels hold it: everything in buffers, some of which no checkpoint has."""
+    """A linear module as gptqmodel's torch kernels hold it: all in buffers, some of which no checkpoint has."""
 
     def __init__(self):
         super().__init__()
@@ -109,7 +109,7 @@ class Packed(torch.nn.Module):
 
 @pytest.mark.parametrize("offloads", [False, True])
 @pytest.mark.parametrize("planned", [LEFT, OFFLOADED])
-def test_a_quantised_module_is_where_a_plan_has_it_only_with_its_buffers_treated_so(offloads, planned, tmp_path):
+def test_a_quantised_module_is_where_the_plan_has_it_only_if_its_buffers_are_moved(offloads, planned, tmp_path):
     model = torch.nn.ModuleDict({"first": torch.nn.Linear(2, 2), "packed": Packed()})
     weights = {name: tensor.detach() for name, tensor in model.named_parameters()}
     dispatch_model(model, {"first": "cpu", "packed": "disk"}, offload_dir=tmp_path, offload_buffers=offloads)

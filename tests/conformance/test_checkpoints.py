@@ -1,6 +1,7 @@
-"""Every architecture: a checkpoint as it saves itself holds it, and one that lacks a tensor, or is another's, does not.
+"""For every architecture, the names and shapes that `save_pretrained` writes are accepted, and damaged ones are
+refused.
 
-Only headers are compared, so that the models stand on the meta device and no weights are written.
+Only headers are compared, so models are on the meta device and no weights are written.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from devmap_config.graph.meta_loading import match_names
 
 
 def saved(model):
-    """The names and shapes that `save_pretrained` writes: of what is tied, only where it is tied to."""
+    """Return the names and shapes that `save_pretrained` writes; of tied tensors, only the one that others refer to."""
     tied = set(model.all_tied_weights_keys)
     state = {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
     return {name: tuple(tensor.shape) for name, tensor in revert_weight_conversion(model, state).items()}
@@ -44,7 +45,7 @@ PADDED = ("model.llm.unembed.weight",)
 
 
 def damaged(model, shapes, other):
-    """Checkpoints that are not the model's, by what was done to them."""
+    """Yield damaged checkpoints, each with what was done to it."""
     dispensable = re.compile("|".join(model._keys_to_ignore_on_load_missing or ["^$"]))  # transformers fills these
     names = [name for name, shape in shapes.items() if prod(shape) > 1 and not dispensable.search(name)]
     chosen = dict.fromkeys(names[place] for place in (len(names) // 3, -1))
@@ -70,7 +71,7 @@ def faults(model):
 @pytest.mark.parametrize(
     "model_type", ["llama", "gpt2", "t5", "bert", "qwen3_moe", "whisper", "gemma3", "mamba", "llava"]
 )
-def test_a_checkpoint_holds_the_model_that_saved_it_and_no_other(model_type):
+def test_a_checkpoint_matches_only_the_model_that_saved_it(model_type):
     assert faults(build_shallow(model_type)) == []
 
 
@@ -93,7 +94,9 @@ MXFP4 = GptOssConfig(
 
 
 def quantized_shapes(model_class, config):
-    """Dtypes and shapes of a quantised checkpoint (fp8 with a scale for each block, mxfp4 packed by 32), and dense."""
+    """Return dtypes and shapes of a checkpoint in fp8 (a scale per block) or mxfp4 (packed by 32), and
+    of a dense one.
+    """
     dense = copy.deepcopy(config)
     del dense.quantization_config
     with torch.device("meta"):
@@ -128,7 +131,7 @@ UP, DOWN = "model.layers.1.mlp.up_proj.weight", "model.layers.1.mlp.experts.down
         (GptOssForCausalLM, MXFP4, "model.norm.weight", None, "(`model.norm.weight`)"),
     ],
 )
-def test_names_of_quantised_checkpoints_that_need_no_package(model_class, config, name, stored, said):
+def test_quantised_checkpoints_match_their_models_by_name(model_class, config, name, stored, said):
     held, dense = quantized_shapes(model_class, config)
     if name is not None:
         del held[name]
@@ -143,7 +146,7 @@ def test_names_of_quantised_checkpoints_that_need_no_package(model_class, config
 
 @pytest.mark.zoo
 @pytest.mark.parametrize("model_type", model_types())
-def test_every_checkpoint_holds_the_model_that_saved_it_and_no_other(model_type):
+def test_every_checkpoint_matches_only_the_model_that_saved_it(model_type):
     try:
         model = build_shallow(model_type)
     except Exception as error:

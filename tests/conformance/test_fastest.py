@@ -1,4 +1,4 @@
-"""`fastest` on the published models of this repository and the machines of `benchmarks/machines.yaml`."""
+"""`fastest` gives valid plans near the bound for published models and the machines of `benchmarks/machines.yaml`."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def compiler(tmp_path, model, machine):
 
 
 def check(compiler, model, machine):
-    """What holds for every combination."""
+    """Check what holds for every combination of model and machine."""
     compiled = compiler.compile("fastest")
     if (model, machine) in INFEASIBLE:
         assert isinstance(compiled, Rejected)
@@ -90,7 +90,7 @@ def check(compiler, model, machine):
 
 
 def check_valid(compiled):
-    """The plan verifies; a block is split only where a part of it computes on the CPU."""
+    """Check that the plan verifies, and that blocks are split only if a part of them computes on the CPU."""
     for violation in verify(compiled.plan, compiled.model.graph, compiled.inventory.capacities):
         assert violation.kind == "split-block", violation.message
         [block] = violation.subjects
@@ -106,14 +106,14 @@ def check_valid(compiled):
 
 @pytest.mark.parametrize("machine", QUICK_MACHINES)
 @pytest.mark.parametrize("model", QUICK_MODELS)
-def test_fastest_is_near_its_bound_and_not_behind_transformers(compiler, model, machine):
+def test_fastest_is_near_its_bound_and_not_slower_than_transformers(compiler, model, machine):
     check(compiler, model, machine)
 
 
 @pytest.mark.zoo
 @pytest.mark.parametrize("machine", MACHINES)
 @pytest.mark.parametrize("model", MODELS)
-def test_fastest_is_near_its_bound_and_not_behind_transformers_anywhere(compiler, model, machine):
+def test_fastest_is_near_its_bound_and_not_slower_than_transformers_on_any_machine(compiler, model, machine):
     check(compiler, model, machine)
 
 
@@ -126,7 +126,7 @@ def test_fastest_is_near_its_bound_and_not_behind_transformers_anywhere(compiler
         ("flan-t5-xxl", "sixteen h200"),  # cards that are alike, and what an encoder gives to every block
     ],
 )
-def test_a_long_context_is_placed_near_its_bound_too(tmp_path, model, machine):
+def test_plans_for_a_long_context_are_near_the_bound(tmp_path, model, machine):
     shutil.copy(MODELS[model] / "config.json", tmp_path)
     compiled = Compiler(tmp_path, MACHINES[machine], context_length=16384).compile("fastest")
     check_valid(compiled)
@@ -135,5 +135,5 @@ def test_a_long_context_is_placed_near_its_bound_too(tmp_path, model, machine):
     assert bound <= prediction.decode_nanoseconds_per_token <= bound * 1.015
 
 
-def test_the_combinations_are_many():
+def test_enough_combinations_of_models_and_machines_are_tested():
     assert len(MODELS) * len(MACHINES) - len(INFEASIBLE) >= 60

@@ -1,4 +1,4 @@
-"""What a plan says that loading holds at once, against the process that loads."""
+"""The RAM that a plan predicts for loading is what the loading process holds."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ BASE_BYTES = 30_000_000
         pytest.param(MIXTURE, torch.bfloat16, HALF, id="experts that are merged and written to disk"),
     ],
 )
-def test_the_process_that_loads_holds_as_much(model, stored, placement, tmp_path, monkeypatch):
+def test_loading_process_holds_the_predicted_ram(model, stored, placement, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     model_class, config = model
     model_class(config).to(stored).save_pretrained("random", max_shard_size="200MB")

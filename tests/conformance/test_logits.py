@@ -1,6 +1,7 @@
-"""Checkpoints of every architecture, over CPU and disk: the outputs of plain transformers, or a reason not to compile.
+"""Checkpoints of every architecture, placed on CPU and disk, give the outputs of plain transformers or do not compile.
 
-`logits.yaml` lists the types that were run and hold, and all others with why they are not among these.
+`logits.yaml` lists the types that are run and give the same outputs, and all others with the reason why they are not
+among these.
 """
 
 from __future__ import annotations
@@ -69,12 +70,12 @@ REFUSALS = ("over-capacity", "stranded-tensor", "device-mismatch")
 
 
 def held_types():
-    """The types that hold, as far as this version of transformers has them."""
+    """Return the listed types that this version of transformers has."""
     return [each for each in zoo.model_types() if each in set(GROUPS["held"])]
 
 
 def pinned_transformers():
-    """The version of transformers that the repository is tested with."""
+    """Return the version of transformers that the repository is tested with."""
     lines = (REPOSITORY / "constraints.txt").read_text().splitlines()
     return max(
         Version(line.partition("==")[2].partition(";")[0]) for line in lines if line.startswith("transformers==")
@@ -91,13 +92,13 @@ def workspace(tmp_path, monkeypatch):
 
 @torch.no_grad()
 def outputs_of(model, inputs):
-    """Every tensor of what a model returns but its cache; `None` where it cannot be run like this."""
+    """Return every tensor of a model's output without its cache, or `None` if it cannot be run with these inputs."""
     torch.manual_seed(0)  # some draw numbers
     return tiny.tensors_of(model.eval()(**inputs))
 
 
 def plain_outputs(model_class, inputs_for):
-    """The plain model's outputs, and its inputs; no outputs where it does not run, or not twice the same."""
+    """Return the plain model's outputs and its inputs; no outputs if it does not run, or differs between two runs."""
     plain = model_class.from_pretrained("random", dtype="float32")
     inputs = inputs_for(plain)
     try:
@@ -109,7 +110,7 @@ def plain_outputs(model_class, inputs_for):
 
 
 def outcome(devices, placement, inputs, expected):
-    """What comes of a placement, in a word or with what went wrong."""
+    """Return the outcome of a placement: one word, or what went wrong."""
     shutil.rmtree("offload", ignore_errors=True)
     Path("profile.yaml").write_text(
         "version: 1\nmodel: {source: random, dtype: float32}\n"
@@ -145,7 +146,7 @@ def outcomes(model_type, placements=tuple(PLACEMENTS)):
 
 
 @pytest.mark.parametrize("model_type", QUICK)
-def test_a_share_gives_what_plain_transformers_gives(model_type):
+def test_a_share_of_types_gives_the_outputs_of_plain_transformers(model_type):
     found = outcomes(model_type, QUICK_PLACEMENTS)
     assert set(found.values()) <= {"same", "refused"}, found
     assert found["disk"] == "same", found
@@ -153,7 +154,7 @@ def test_a_share_gives_what_plain_transformers_gives(model_type):
 
 @pytest.mark.zoo
 @pytest.mark.parametrize("model_type", [each for each in held_types() if each not in QUICK])
-def test_a_type_that_is_held_gives_what_plain_transformers_gives_or_is_refused(model_type):
+def test_a_listed_type_gives_the_outputs_of_plain_transformers_or_is_refused(model_type):
     found = outcomes(model_type)
     assert set(found.values()) <= {"same", "loaded", "refused"}, found
     assert found["cpu"] != "refused", found
@@ -161,22 +162,22 @@ def test_a_type_that_is_held_gives_what_plain_transformers_gives_or_is_refused(m
 
 @pytest.mark.zoo
 @pytest.mark.parametrize("share", ["1/4", "2/4", "3/4", "4/4"])
-def test_experts_on_the_cpu_give_what_plain_transformers_gives(share):
-    """On a simulated accelerator, which takes a process of its own."""
+def test_experts_on_the_cpu_give_the_outputs_of_plain_transformers(share):
+    """On a simulated accelerator, which needs a process of its own."""
     tests = REPOSITORY / "tests" / "conformance" / "experts_on_the_cpu.py"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--share", share, str(tests)]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_every_type_is_in_one_group():
-    """Of a newer transformers, types that are new to it are in none."""
+def test_every_type_is_in_exactly_one_group_of_the_list():
+    """In a newer transformers, types that are new to it are in none."""
     counts = Counter(each for group in GROUPS.values() for each in group)
     assert [each for each, count in counts.items() if count > 1] == []
     is_newer = Version(transformers.__version__) > pinned_transformers()
     assert [each for each in zoo.model_types() if each not in counts and not is_newer] == []
 
 
-def test_what_is_run_here_is_held():
+def test_the_share_that_is_run_is_listed():
     assert set(QUICK) <= set(GROUPS["held"])
     assert len(GROUPS["held"]) > 200

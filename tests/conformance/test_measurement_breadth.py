@@ -1,8 +1,8 @@
-"""Every language model of transformers is measured, or stands in `unmeasurable.yaml` with its reason.
+"""Every language model of transformers can be measured, or is in `unmeasurable.yaml` with the reason.
 
-What blocks that are alike repeat of each other is what they do when they are all run.
+Blocks that are alike and not run are predicted to do what they do if all are run.
 
-That is: causal language models, encoder-decoders, and image-text models with a prompt of text alone.
+Language models are: causal language models, encoder-decoders, and image-text models with a prompt of text alone.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ FLOAT32_ONLY = ("xlnet",)
 
 @pytest.mark.zoo
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
-def test_a_language_model_is_measured(model_type, monkeypatch):
+def test_a_language_model_is_measured_or_listed(model_type, monkeypatch):
     logging.disable(logging.WARNING)
     dtype = "float32" if model_type in FLOAT32_ONLY else "bfloat16"
     try:
@@ -57,8 +57,8 @@ def test_a_language_model_is_measured(model_type, monkeypatch):
             assert measure(zoo.build(model_type, dtype), graph, WORKLOAD) == measurement
 
 
-def test_no_more_than_a_twentieth_of_those_that_read_text_is_unmeasurable():
-    """Types that the list names as wanting more than text are not counted; the others are."""
+def test_at_most_a_twentieth_of_the_text_models_is_unmeasurable():
+    """Types that the list says need more than text are not counted."""
     wanting_more = [name for name, reason in UNMEASURABLE.items() if reason in WANTED]
     assert len(UNMEASURABLE) - len(wanting_more) <= (len(MODEL_TYPES) - len(wanting_more)) / 20
 

@@ -1,6 +1,7 @@
-"""Every model type of transformers that takes images or sound is measured with one, or stands in `untried_media.yaml`.
+"""Every model type of transformers that takes images or sound is measured with one, or is in `untried_media.yaml`.
 
-What stands there is what is said of it: one that is listed and runs is a failure, as is one that is not and does not.
+The list gives the product's message for each type; a listed type that runs fails the test, as does an unlisted one that
+does not.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ SWEPT = [("images", name) for name in zoo.image_model_types()] + [("sound", name
 
 
 def outcome(kind: str, model_type: str) -> str | None:
-    """What is said of a type that is given images or sound; `None` of one that runs."""
+    """Return the message for a type that is given images or sound, or `None` if it runs."""
     try:
         model = zoo.build_media(model_type)
     except Exception as error:  # whatever comes of a default config, or of a package that is not there
@@ -59,7 +60,7 @@ def outcome(kind: str, model_type: str) -> str | None:
 
 @pytest.mark.zoo
 @pytest.mark.parametrize(("kind", "model_type"), SWEPT)
-def test_a_type_runs_with_what_it_takes_or_is_listed(kind, model_type):
+def test_a_type_runs_with_images_or_sound_or_is_listed(kind, model_type):
     logging.disable(logging.WARNING)
     reason = outcome(kind, model_type)
     if model_type in UNTRIED[kind]:
@@ -71,7 +72,7 @@ def test_a_type_runs_with_what_it_takes_or_is_listed(kind, model_type):
 
 @pytest.mark.zoo
 @pytest.mark.parametrize("model_type", zoo.image_model_types())
-def test_no_type_that_takes_images_takes_sound_unnoticed(model_type):
+def test_image_types_that_also_take_sound_are_known(model_type):
     import inspect
 
     try:
@@ -82,17 +83,17 @@ def test_no_type_that_takes_images_takes_sound_unnoticed(model_type):
     assert hears == (model_type in zoo.ALSO_OF_SOUND)
 
 
-def test_only_what_is_swept_is_listed():
+def test_the_list_names_only_types_that_are_tested():
     listed = {(kind, model_type) for kind, reasons in UNTRIED.items() for model_type in reasons}
     assert listed <= {*SWEPT}
 
 
-def test_at_least_85_types_run_and_the_page_says_how_many():
+def test_at_least_85_types_run_and_the_page_states_the_number():
     run, swept = types_that_run(), {model_type for _, model_type in SWEPT}
     assert len(run) >= 85
     assert f"{len(run)} of {len(swept)} run so" in (REPOSITORY / "docs" / "images-and-sound.md").read_text()
 
 
 def types_that_run() -> set[str]:
-    """The types that run with an image or with sound."""
+    """Return the types that run with an image or with sound."""
     return {model_type for kind, model_type in SWEPT if model_type not in UNTRIED[kind]}

@@ -1,4 +1,4 @@
-"""Where positions end, as it is measured, is where models with real weights fail."""
+"""The measured limit of positions is the length at which models with real weights fail."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ PAST_NONE = 40
 
 
 def short_model(model_type):
-    """A tiny model of few positions."""
+    """Return a tiny model of few positions."""
     model = tiny.tiny_model(model_type)
     config = copy.deepcopy(model.config)
     try:
@@ -57,7 +57,7 @@ def measured_positions(model):
 
 
 def runs_on(model, length):
-    """Whether a model with weights takes so many tokens; the words are many, and none is special."""
+    """Tell whether a model with weights takes this number of tokens; its vocabulary is large, no token is special."""
     inputs = tiny.inputs_for(model)
     words = (torch.arange(length) * 7 % 90 + 5).unsqueeze(0)
     inputs = {name: words if name.endswith("input_ids") else value for name, value in inputs.items()}
@@ -70,7 +70,7 @@ def runs_on(model, length):
 
 
 def takes_text_alone(model):
-    """Whether text is an input of a model, and all that it needs."""
+    """Tell whether text is an input of a model, and the only one that it needs."""
     if not any(name.endswith("input_ids") for name in tiny.inputs_for(model)):
         return False
     try:
@@ -97,7 +97,7 @@ def test_positions_end_where_a_model_with_weights_fails(model_type):
     check_end(model_type)
 
 
-def test_a_model_without_limit_is_meant_for_any_length():
+def test_a_model_without_a_limit_of_positions_takes_any_length():
     check_end("xlnet")
     assert trained_length(XLNetConfig()) is None
 

@@ -1,8 +1,8 @@
-"""Holds the sizes of quantised weights to what transformers really holds, byte for byte and module by module.
+"""Predicted sizes of quantised weights are those that transformers holds, byte for byte and module by module.
 
-What is marked `zoo` quantises with the real packages on the CPU; they stand in the extra `quantizers`, and one that is
-missing is a failure. The rest needs none: fp8 is loaded by transformers alone, mxfp4 is held to the modules that it
-builds on the meta device.
+Tests marked `zoo` quantise with the real packages on the CPU; these are in the extra `quantizers`, and a missing one is
+a failure. The others need none: transformers loads fp8 by itself, and mxfp4 is compared with the modules that it builds
+on the meta device.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def checkpoint(tmp_path_factory):
 
 
 def loaded(folder, quantization=None):
-    """The model as `from_pretrained` holds it, its graph, and the quantization."""
+    """Return the model as `from_pretrained` loads it, its graph, and the quantization."""
     config = json.loads((folder / "config.json").read_text())
     effective = effective_quantization(quantization, config)
     arguments = (
@@ -108,7 +108,7 @@ def loaded(folder, quantization=None):
 
 
 def held_bytes(model):
-    """Bytes by module, of every tensor within reach of it: in states, dictionaries and tensors made of tensors."""
+    """Return bytes by module over every tensor that it holds: in its state, in dictionaries, within other tensors."""
     seen = set()
     held = {}
     for path, module in model.named_modules():
@@ -142,7 +142,7 @@ def _bytes_within(value, seen):
 
 
 def graph_bytes(graph, attribute="size_bytes"):
-    """Bytes by module, as the graph has them; what is tied counts where it first stands."""
+    """Return bytes by module according to the graph; tied tensors count where they first occur."""
     sizes = {
         path: sum(getattr(each, attribute) for each in module.own_tensors if graph.storage_of[each.name] == each.name)
         for path, module in graph.modules.items()
@@ -151,7 +151,7 @@ def graph_bytes(graph, attribute="size_bytes"):
 
 
 def planner_sizes(folder, quantization=None):
-    """Bytes by module as transformers' own planner counts them, on the meta model that its quantizer has prepared."""
+    """Return bytes by module as transformers' planner counts them, on the meta model that its quantizer prepared."""
     config = transformers.AutoConfig.from_pretrained(folder)
     arguments = None if quantization is None else quantization_config(transformers_arguments(quantization))
     quantizer, config, _ = get_hf_quantizer(config, arguments, None, True, {})
@@ -185,7 +185,7 @@ ON_THE_FLY = {
 @pytest.mark.zoo
 @pytest.mark.parametrize("kind", MODELS)
 @pytest.mark.parametrize("name", ON_THE_FLY)
-def test_sizes_are_those_of_what_is_quantised_while_loading(name, kind, checkpoint):
+def test_sizes_are_those_of_weights_quantised_while_loading(name, kind, checkpoint):
     model, graph, quantization = loaded(checkpoint(kind), ON_THE_FLY[name])
     assert quantization.format() is not None
     assert graph_bytes(graph) == held_bytes(model)
@@ -194,7 +194,7 @@ def test_sizes_are_those_of_what_is_quantised_while_loading(name, kind, checkpoi
 @pytest.mark.zoo
 @pytest.mark.parametrize("kind", MODELS)
 @pytest.mark.parametrize("name", ON_THE_FLY)
-def test_the_planner_counts_as_transformers_does(name, kind, checkpoint):
+def test_planner_counts_quantised_sizes_as_transformers_does(name, kind, checkpoint):
     folder = checkpoint(kind)
     config = json.loads((folder / "config.json").read_text())
     quantization = effective_quantization(ON_THE_FLY[name], config)
@@ -223,7 +223,7 @@ STANDING_IN_FOR_A_CARD = torch.device("cpu")
 @pytest.mark.zoo
 @pytest.mark.parametrize("name", ["bnb-8bit", "bnb-fp4"])
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "mixture"])
-def test_bitsandbytes_leaves_as_it_is_what_a_map_offloads(name, kind, checkpoint):
+def test_bitsandbytes_does_not_quantise_offloaded_modules(name, kind, checkpoint):
     folder = checkpoint(kind)
     asked = {**ON_THE_FLY[name], "llm_int8_enable_fp32_cpu_offload": True}
     config = json.loads((folder / "config.json").read_text())
@@ -274,7 +274,7 @@ COMPRESSED = {
 @pytest.mark.zoo
 @pytest.mark.parametrize("form", COMPRESSED)
 @pytest.mark.parametrize("kind", ["llama", "odd", "opt"])
-def test_compressed_tensors_are_dense_from_the_first_forward_on(form, kind, checkpoint, tmp_path):
+def test_compressed_tensors_are_counted_dense_from_the_first_forward_on(form, kind, checkpoint, tmp_path):
     from compressed_tensors.compressors import ModelCompressor
     from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config
 
@@ -302,7 +302,7 @@ def test_compressed_tensors_are_dense_from_the_first_forward_on(form, kind, chec
 
 @pytest.fixture
 def fp8_everywhere(monkeypatch):
-    """transformers loads fp8 only where there is an accelerator to compute in it; loading needs none."""
+    """Let fp8 load without an accelerator: transformers demands one to compute in fp8, but loading needs none."""
     monkeypatch.setattr(FineGrainedFP8HfQuantizer, "validate_environment", lambda self, **_: None)
 
 
@@ -311,7 +311,7 @@ FP8 = {"method": "fp8", "weight_block_size": [64, 32]}
 
 @pytest.mark.parametrize("kind", ["llama", "mixture", "opt"])
 @pytest.mark.parametrize("scale_format", ["float", "ue8m0"])
-def test_fp8(kind, scale_format, checkpoint, tmp_path, fp8_everywhere):
+def test_fp8_sizes_are_those_that_transformers_loads(kind, scale_format, checkpoint, tmp_path, fp8_everywhere):
     asked = {**FP8, "scale_fmt": scale_format}
     if kind == "mixture":
         asked |= {"weight_block_size": [32, 32]}
@@ -325,15 +325,15 @@ def test_fp8(kind, scale_format, checkpoint, tmp_path, fp8_everywhere):
     assert graph_bytes(graph, "planner_bytes") == planner_sizes(tmp_path)
 
 
-def test_fp8_of_sizes_that_no_block_divides(checkpoint, fp8_everywhere, tmp_path):
-    """As a checkpoint: transformers does not make one of these itself."""
+def test_fp8_sizes_of_matrices_that_no_block_divides(checkpoint, fp8_everywhere, tmp_path):
+    """Saved by hand, since transformers does not save such a checkpoint itself."""
     folder = _with_quantization(checkpoint("odd"), tmp_path, {"quant_method": "fp8"})
     model, graph, _ = loaded(folder)
     assert graph_bytes(graph) == held_bytes(model)
 
 
 def _with_quantization(source, folder, quantization):
-    """A checkpoint that says that it is quantised, and holds weights as they were."""
+    """Save a checkpoint whose config says that it is quantised, with the weights unchanged."""
     for path in source.iterdir():
         (folder / path.name).symlink_to(path)
     config = {**json.loads((source / "config.json").read_text()), "quantization_config": quantization}
@@ -342,8 +342,10 @@ def _with_quantization(source, folder, quantization):
     return folder
 
 
-def test_mxfp4_has_the_bytes_of_the_modules_that_transformers_builds():
-    """Its weights are swizzled by a Triton kernel when loaded: what it loads are blocks, and a scale for each 32."""
+def test_mxfp4_sizes_are_those_of_the_modules_that_transformers_builds():
+    """A Triton kernel swizzles the weights when they are loaded; the loaded tensors are blocks with a scale for each
+    32.
+    """
     from transformers.integrations.mxfp4 import Mxfp4GptOssExperts
 
     config = transformers.GptOssConfig(
@@ -373,8 +375,10 @@ def test_mxfp4_has_the_bytes_of_the_modules_that_transformers_builds():
         ("opt", {"quant_method": "awq", "group_size": 64}, "model.decoder.layers.0.fc1", 18176),
     ],
 )
-def test_gptq_and_awq(kind, quantization, module, expected_bytes, checkpoint, tmp_path):
-    """Measured once with gptqmodel 7.7.0 and optimum 2.3.0 on the CPU; gptqmodel wants another torch than ours."""
+def test_gptq_and_awq_sizes_are_those_of_gptqmodel(kind, quantization, module, expected_bytes, checkpoint, tmp_path):
+    """Measured once with gptqmodel 7.7.0 and optimum 2.3.0 on the CPU; gptqmodel needs another version of torch than
+    ours.
+    """
     folder = _with_quantization(checkpoint(kind), tmp_path, {"quant_method": "gptq", **quantization})
     config = json.loads((folder / "config.json").read_text())
     graph = build_graph(
@@ -408,7 +412,7 @@ def test_a_checkpoint_that_is_dequantised_while_loading_is_counted_dense():
         {"method": "compressed-tensors"},
     ],
 )
-def test_what_is_not_known_is_left_as_it_is(quantization):
+def test_an_unknown_quantization_leaves_sizes_unchanged(quantization):
     assert effective_quantization(quantization, {}).format() is None
 
 
@@ -433,7 +437,7 @@ def test_what_is_not_known_is_left_as_it_is(quantization):
         {"method": "mxfp4", "modules_to_not_convert": [1]},
     ],
 )
-def test_arguments_that_cannot_be_meant(quantization):
+def test_invalid_quantization_arguments_are_refused(quantization):
     with pytest.raises(QuantizationError):
         effective_quantization(quantization, {}).format()
 
@@ -483,7 +487,7 @@ SIZED = sorted(METHODS.keys() - {method.name for method in UNSIZED})
 
 
 @pytest.mark.parametrize("method", SIZED)
-def test_whatever_the_arguments_are_there_is_a_size_or_a_diagnostic(method):
+def test_any_quantization_arguments_give_a_size_or_a_diagnostic(method):
     model = build_meta_model(transformers.LlamaForCausalLM, MODELS["llama"], torch.bfloat16)
     for name in ARGUMENTS[method]:
         for value in ODD_VALUES:
@@ -498,7 +502,7 @@ def test_whatever_the_arguments_are_there_is_a_size_or_a_diagnostic(method):
                 assert graph.size_bytes > 0
 
 
-def test_a_graph_is_kept_for_its_quantization(workspace):
+def test_graphs_are_cached_by_their_quantization(workspace):
     def compiled(model):
         text = f"version: 1\nmodel: {model}\nhardware: {{devices: {{cuda:0: {{memory: 1GiB}}}}}}\n"
         (workspace / "profile.yaml").write_text(text)
@@ -518,7 +522,7 @@ def test_a_graph_is_kept_for_its_quantization(workspace):
     assert codes == ["stale-graph"]
 
 
-def test_every_method_of_transformers_is_known_once_and_by_its_name():
+def test_every_quantization_method_of_transformers_is_known_by_its_name():
     from transformers.utils.quantization_config import QuantizationMethod
 
     assert list(METHODS) == sorted(method.value for method in QuantizationMethod)
@@ -528,7 +532,7 @@ def test_every_method_of_transformers_is_known_once_and_by_its_name():
     assert [name for name in SIZED if name not in page] == []
 
 
-def test_what_lowers_the_planners_budgets_is_what_transformers_has():
+def test_methods_that_lower_the_planners_budgets_are_those_of_transformers():
     from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
     from transformers.quantizers.base import HfQuantizer
 

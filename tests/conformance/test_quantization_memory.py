@@ -1,7 +1,7 @@
-"""Holds what is planned for quantising a model and for running it on a CPU to what a process really holds then.
+"""Predicted memory for quantising a model and running it on a CPU is at least what a process really holds.
 
-The real packages do it (the extra `quantizers`), each in a process of its own that looks at what it holds every
-millisecond. One projection is far larger than all else, so that what is alive besides it is seen.
+The real packages do it (the extra `quantizers`), each in a process of its own that samples its memory every
+millisecond. One projection is far larger than all other modules, so that any additional copy is noticed.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def planned(folder, name, quantization, dtype):
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory):
-    """A folder by dtype, with a model whose packages are loaded by it, and a large one."""
+    """A directory by dtype, with a model that each package can load, and a large one."""
     made = {}
 
     def make(dtype):
@@ -111,7 +111,7 @@ def checkpoints(tmp_path_factory):
 @pytest.mark.parametrize(
     ("method", "dtype"), [*((method, "bfloat16") for method in METHODS), *((method, "float32") for method in WIDE)]
 )
-def test_loading_and_running_hold_no_more_than_is_planned(method, dtype, checkpoints):
+def test_loading_and_running_a_quantised_model_hold_no_more_than_planned(method, dtype, checkpoints):
     folder = checkpoints(dtype)
     quantization = METHODS[method].format(dtype=dtype)
     planned(folder, "small", quantization, dtype)

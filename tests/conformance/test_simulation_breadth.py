@@ -1,4 +1,4 @@
-"""Every causal language model that measures is placed on two and three cards, dry-run, and runs or is mended.
+"""Plans of every measurable causal language model over two and three cards pass the dry run, or are repaired.
 
 `auto_maps_that_do_not_run.yaml` lists the types whose map by `auto`, which is transformers' own, does not run.
 """
@@ -30,7 +30,7 @@ FLOAT32_ONLY = ("xlnet",)
 
 
 def write_model(model_type):
-    """A shallow model's config, in `model`; gives its graph and measurement."""
+    """Write a shallow model's config into `model`, and return its graph and measurement."""
     dtype = "float32" if model_type in FLOAT32_ONLY else "bfloat16"
     for build in (zoo.build_shallow, zoo.build):  # few layers may leave out a kind that the model needs
         try:
@@ -51,9 +51,9 @@ def write_model(model_type):
 
 
 def card_bytes(graph, measurement):
-    """What a card has: room for no more than some two thirds of the model, but for its largest block.
+    """Return the memory of a card: room for some two thirds of the model, but at least for its largest block.
 
-    Experts that are merged while loading are there twice meanwhile.
+    Experts that are merged while loading need twice their bytes meanwhile.
     """
     largest = max(
         graph.weights_bytes(tuple(tensor.name for tensor in graph.modules[path].tensors())) for path in graph.blocks
@@ -89,7 +89,7 @@ def compiled(strategy, cards, memory_bytes):
 
 @pytest.mark.zoo
 @pytest.mark.parametrize("model_type", zoo.causal_model_types())
-def test_plans_over_several_cards_run_or_are_mended(model_type, tmp_path, monkeypatch):
+def test_plans_over_several_cards_run_or_are_repaired(model_type, tmp_path, monkeypatch):
     logging.disable(logging.WARNING)
     monkeypatch.chdir(tmp_path)
     memory_bytes = card_bytes(*write_model(model_type))
@@ -106,5 +106,5 @@ def test_plans_over_several_cards_run_or_are_mended(model_type, tmp_path, monkey
     assert refused == (model_type in DO_NOT_RUN)
 
 
-def test_what_is_listed_is_a_causal_language_model():
+def test_the_list_names_only_causal_language_models():
     assert set(DO_NOT_RUN) <= set(zoo.causal_model_types())

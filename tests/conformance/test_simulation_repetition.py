@@ -1,4 +1,4 @@
-"""A dry run in which blocks that are alike repeat each other shows what one shows in which all are run."""
+"""A dry run that runs only some of the blocks that are alike finds the same as one that runs all of them."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def measured_graph(name, workload=IN_PARTS):
 
 
 def both(built, graph, plan, monkeypatch, **options):
-    """The dry run, and that in which every block is run."""
+    """Return the dry run, and the dry run of all blocks."""
     spared = dry_run.dry_run(built(), graph, plan, **options)
     with monkeypatch.context() as context:
         context.setattr(dry_run, "kinds_of", lambda *_: ())
@@ -46,7 +46,7 @@ def both(built, graph, plan, monkeypatch, **options):
 
 
 @pytest.mark.parametrize("name", ["dense", "sliding and full", pytest.param("shared caches", marks=pytest.mark.zoo)])
-def test_it_shows_the_same_on_cards_and_from_the_disk(name, monkeypatch):
+def test_dry_run_with_repeated_blocks_finds_the_same_on_cards_and_from_disk(name, monkeypatch):
     graph = measured_graph(name)
     plans = dict(plans_that_run(graph))
     for shown in ("three cards", "streamed from two stores"):
@@ -66,7 +66,7 @@ def test_it_shows_the_same_on_cards_and_from_the_disk(name, monkeypatch):
         pytest.param("sliding and full", {"model.layers.4"}, marks=pytest.mark.zoo),
     ],
 )
-def test_it_shows_the_same_wherever_a_plan_has_blocks_and_parts(name, broken, monkeypatch):
+def test_dry_run_with_repeated_blocks_finds_the_same_in_every_plan(name, broken, monkeypatch):
     graph = measured_graph(name)
     outcomes = {}
     for shown, plan in (*plans_that_run(graph), *plans_that_do_not(graph)):
@@ -79,7 +79,7 @@ def test_it_shows_the_same_wherever_a_plan_has_blocks_and_parts(name, broken, mo
 
 @pytest.mark.zoo
 @pytest.mark.parametrize("name", CONFIGS)
-def test_every_kind_shows_the_same_in_every_plan(name, monkeypatch):
+def test_dry_run_with_repeated_blocks_finds_the_same_for_every_kind_of_model(name, monkeypatch):
     graph = measured_graph(name)
     for shown, plan in (*plans_that_run(graph), *plans_that_do_not(graph)):
         spared, whole = both(lambda: build(name), graph, plan, monkeypatch)
@@ -87,7 +87,7 @@ def test_every_kind_shows_the_same_in_every_plan(name, monkeypatch):
 
 
 @pytest.mark.parametrize("changes", [{"cache": "static"}, {"all_logits": True}, {"prompt_length": 20}])
-def test_it_does_under_every_workload(changes, monkeypatch):
+def test_dry_run_with_repeated_blocks_finds_the_same_under_every_workload(changes, monkeypatch):
     graph = measured_graph("sliding and full", replace(IN_PARTS, **changes))
     plan = dict(plans_that_run(graph))["three cards"]
     spared, whole = both(lambda: build("sliding and full"), graph, plan, monkeypatch, decoded_tokens=2)
@@ -96,7 +96,7 @@ def test_it_does_under_every_workload(changes, monkeypatch):
 
 @pytest.mark.zoo
 @pytest.mark.parametrize("model_type", zoo.causal_model_types())
-def test_every_language_model_shows_the_same(model_type, monkeypatch):
+def test_dry_run_with_repeated_blocks_finds_the_same_for_every_language_model(model_type, monkeypatch):
     logging.disable(logging.WARNING)
     dtype = "float32" if model_type in FLOAT32_ONLY else "bfloat16"
 
@@ -116,7 +116,7 @@ def test_every_language_model_shows_the_same(model_type, monkeypatch):
         assert (shown, spared) == (shown, whole)
 
 
-def test_of_blocks_that_are_alike_on_a_device_two_are_run(monkeypatch):
+def test_dry_run_runs_two_of_the_blocks_that_are_alike_on_a_device(monkeypatch):
     run = []
     forward = LlamaMLP.forward
     monkeypatch.setattr(LlamaMLP, "forward", lambda self, states: run.append(id(self)) or forward(self, states))
@@ -132,7 +132,7 @@ def test_of_blocks_that_are_alike_on_a_device_two_are_run(monkeypatch):
     assert len(set(run)) == 2 + 3 + 3 + 1
 
 
-def test_what_stands_still_is_run_where_a_block_does_more_than_the_one_before(monkeypatch):
+def test_skipped_blocks_are_run_if_a_block_does_more_than_the_one_before(monkeypatch):
     forward, model_forward, seen = LlamaMLP.forward, LlamaModel.forward, []
 
     def doing_more(self, states):

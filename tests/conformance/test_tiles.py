@@ -1,4 +1,4 @@
-"""An image is cut into as many tiles as the model's own processor cuts it into, and each takes a tile's tokens."""
+"""The tiles of an image are counted as the model's own processor cuts it, and so are the tokens of each tile."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ hardware: {devices: {cpu: {memory: 1GiB}}}
 
 @pytest.fixture(params=MODELS)
 def tiled(request, tmp_path, monkeypatch):
-    """A folder with a config and its processor's settings, in a repository."""
+    """A directory in a repository, with a config and its processor's settings."""
     monkeypatch.chdir(tmp_path)
     Path("tiled").mkdir()
     config, settings = MODELS[request.param]
@@ -57,11 +57,11 @@ def errors_of(found):
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_as_many_tiles_as_the_processor_cuts(tiled, size):
+def test_tiles_are_counted_as_the_processor_cuts_an_image(tiled, size):
     assert tiles_of_image(local_source(Path("tiled"), ANYWHERE), *size, ANYWHERE) == len(processed(tiled, *size))
 
 
-def test_each_tile_takes_what_the_model_makes_of_it(tiled):
+def test_tokens_of_a_tile_are_those_that_the_model_makes(tiled):
     found = run_pipeline(Request(path=Path("p.yaml"), simulates=True))
     assert isinstance(found, Compiled), errors_of(found)
     config, _ = MODELS[tiled]
@@ -86,7 +86,7 @@ def test_without_a_size_an_image_is_one_tile(tiled):
 @pytest.mark.parametrize(
     "text", [None, "{", "[]", '{"max_patches": 1000000000, "size": {"longest_edge": 1000000000}}', '{"size": "x"}']
 )
-def test_settings_that_say_nothing_are_an_error_that_says_what_to_write(tiled, text):
+def test_processor_settings_without_tiles_are_an_error_with_a_remedy(tiled, text):
     file = Path("tiled/preprocessor_config.json")
     file.unlink() if text is None else file.write_text(text)
     began = time.process_time()
@@ -98,7 +98,7 @@ def test_settings_that_say_nothing_are_an_error_that_says_what_to_write(tiled, t
     assert finding.span.line == 3
 
 
-def test_the_processors_own_file_goes_before_that_of_its_images(tiled):
+def test_processor_config_takes_precedence_over_image_processor_config(tiled):
     _, settings = MODELS[tiled]
     Path("tiled/processor_config.json").write_text(json.dumps({"image_processor": settings}))
     Path("tiled/preprocessor_config.json").write_text("{}")

@@ -1,4 +1,4 @@
-"""`auto`, `balanced`, `balanced_low_0` and `sequential` against transformers' own planner, tensor by tensor."""
+"""`auto`, `balanced`, `balanced_low_0` and `sequential` place every tensor where transformers' own planner does."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def canonical(device):
 
 
 def by_prefix(device_map, name):
-    """The device of a tensor by the nearest key above it, `None` where no key covers it."""
+    """Return the device of a tensor by the longest key that covers it, or `None` if no key does."""
     while name not in device_map:
         if not name:
             return None
@@ -70,7 +70,7 @@ def by_prefix(device_map, name):
 
 
 def compare(model_type):
-    """Hold the two planners together; gives what was wrong with transformers' maps."""
+    """Check that the two planners agree, and return the mistakes of transformers' maps."""
     logging.disable(logging.WARNING)
     model = zoo.build(model_type)
     graph = graph_of(model, torch.float32)
@@ -96,7 +96,7 @@ def compare(model_type):
 
 
 def check_valid(graph, model, placement, where):
-    """A placement, as a plan, is one that both libraries read as it is meant."""
+    """Check that a placement makes a valid plan, which both libraries read as intended."""
     ample = dict.fromkeys(placement.values(), 100 * graph.size_bytes) | {CPU: 100 * graph.size_bytes}
     homes = {name: (device, None) for name, device in placement.items()}
     plan = assemble(graph, fold(graph, homes), ample, strategy="auto", executor=Executor())
@@ -119,7 +119,7 @@ def zoo_graph_with_workload(model_type):
 
 
 def check_budgets(graph, model):
-    """What is printed as `max_memory` makes transformers' planner give the plan that has room for the workload."""
+    """Check that transformers' planner, given the printed `max_memory`, makes the plan with room for the workload."""
     total_bytes, lowered = graph.size_bytes, set()
     for tenths, strategy in product(((5, 2), (6, 4), (8, 8), (9, 3)), TRANSFORMERS_STRATEGIES):
         sizes = [total_bytes * share // 10 for share in tenths]
@@ -140,11 +140,11 @@ def check_budgets(graph, model):
 
 
 @pytest.mark.parametrize("model_type", "falcon gpt2 llama mixtral opt t5".split())
-def test_budgets_that_leave_room_make_the_same_plan_in_transformers(model_type):
+def test_printed_budgets_make_the_same_plan_in_transformers(model_type):
     assert {"sequential", "auto"} & check_budgets(*zoo_graph_with_workload(model_type))
 
 
-def test_nothing_is_promised_where_transformers_planner_crashes():
+def test_no_budgets_are_printed_if_transformers_planner_crashes():
     graph, model = zoo_graph_with_workload("camembert")
     assert check_budgets(graph, model) == set()
     total_bytes = graph.size_bytes
@@ -154,7 +154,7 @@ def test_nothing_is_promised_where_transformers_planner_crashes():
 
 @pytest.mark.zoo
 @pytest.mark.parametrize("model_type", sorted({*zoo.causal_model_types(), *zoo.sequence_model_types()}))
-def test_budgets_that_leave_room_make_the_same_plan_over_the_zoo(model_type):
+def test_printed_budgets_make_the_same_plan_in_transformers_over_the_zoo(model_type):
     try:
         graph, model = zoo_graph_with_workload(model_type)
     except Exception as error:
@@ -167,7 +167,7 @@ KNOWN_INVALID = sorted(set(INVALID_MAPS) & set(zoo.model_types()))
 
 
 @pytest.mark.parametrize("model_type", [*SAMPLE, *KNOWN_INVALID])
-def test_places_every_tensor_where_transformers_does(model_type):
+def test_every_tensor_is_placed_where_transformers_places_it(model_type):
     found = compare(model_type)
     listed = INVALID_MAPS.get(model_type, {})
     assert sorted(found) == sorted(listed), found
@@ -175,7 +175,7 @@ def test_places_every_tensor_where_transformers_does(model_type):
 
 @pytest.mark.zoo
 @pytest.mark.parametrize("model_type", [name for name in zoo.model_types() if name not in {*SAMPLE, *INVALID_MAPS}])
-def test_places_every_tensor_of_the_zoo_where_transformers_does(model_type):
+def test_every_tensor_of_the_zoo_is_placed_where_transformers_places_it(model_type):
     try:
         zoo.build(model_type)
     except Exception as error:
