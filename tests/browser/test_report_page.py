@@ -7,27 +7,37 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
-from conftest import write_models
+from conftest import REPOSITORY, write_models
 from reported import PROFILE
 
 from devmap_config.cli import devmap
 
 pytestmark = pytest.mark.browser
 
-WIDTHS = (360, 800, 1600)
+WIDTHS = (360, 768, 1600)
 SCHEMES = ("light", "dark")
+
+RECEIPT = REPOSITORY / "receipts" / "encoder-decoder-0.7b-float32.json"
+"""Its figures have long names."""
+
+MORE_PINS = """\
+  {match: "model.layers.[0-4/2].self_attn.{q_proj,k_proj}", device: cpu},
+  {match: "model.layers.[1-3/2].mlp.{gate_proj,down_proj}", device: cpu, compute: cpu}]"""
+"""By which what moved has long names."""
 
 
 @pytest.fixture(scope="module")
 def address(tmp_path_factory):
-    """Where a page of two plans and their difference is."""
+    """Where a page of two plans, their difference and a receipt is."""
     folder = tmp_path_factory.mktemp("page")
     with pytest.MonkeyPatch.context() as patch:
         write_models(folder)
         patch.chdir(folder)
         Path("plan.yaml").write_text(PROFILE)
-        Path("other.yaml").write_text(PROFILE.replace("1: 320KiB", "1: 280KiB"))
-        done = CliRunner().invoke(devmap, ["report", "plan.yaml", "other.yaml", "-o", "plan.html", "-q"])
+        other = PROFILE.replace("1: 320KiB", "1: 280KiB").replace("cuda:1}]", f"cuda:1}},\n{MORE_PINS}")
+        Path("other.yaml").write_text(other)
+        command = ["report", "plan.yaml", "other.yaml", "--receipt", str(RECEIPT), "-o", "plan.html", "-q"]
+        done = CliRunner().invoke(devmap, command)
         assert done.exit_code == 0, done.output
         drawn = CliRunner().invoke(devmap, ["report", "plan.yaml", "--svg", "plan.svg", "-q"])
         assert drawn.exit_code == 0, drawn.output
@@ -76,6 +86,16 @@ def test_it_is_as_wide_as_the_window_and_axe_finds_nothing(opened, width, scheme
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     found = Axe().run(page).response["violations"]
     assert [(each["id"], [node["html"] for node in each["nodes"]][:3]) for each in found] == []
+
+
+WIDER = """[...document.querySelectorAll(".scroll")].filter((part) => part.scrollWidth > part.clientWidth)
+    .map((part) => part.getAttribute("aria-labelledby"))"""
+
+
+def test_tables_need_no_scrolling_but_those_of_many_columns_on_a_phone(opened):
+    wider = {width: opened(width).evaluate(WIDER) for width in (600, 721, *WIDTHS[1:])}
+    assert not any(wider.values()), wider
+    assert opened(WIDTHS[0]).evaluate(WIDER) == ["plan-1-sizes", "plan-2-sizes", "receipts-title"]
 
 
 LABELS = """Array.from(document.querySelectorAll("text.on:not(.free)")).map((label) => [
@@ -136,4 +156,4 @@ def test_pointing_at_a_block_shows_what_is_said_of_it(opened):
 
 def test_a_plan_prints_on_one_page(opened):
     printed = opened().pdf(prefer_css_page_size=True)
-    assert printed.count(b"/Type /Page\n") == 3  # two plans, and what is different
+    assert printed.count(b"/Type /Page\n") == 4  # two plans, what is different, and the receipt
