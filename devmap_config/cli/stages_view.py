@@ -93,7 +93,11 @@ def pipeline_notes(compiled: Compiled, pipeline: Pipeline) -> Iterator[str]:
     if unused:
         they_stay = "it stays" if len(unused) == 1 else "they stay"
         tried = "" if are_all else " that were tried"
-        yield f"no stages{tried} that use {', '.join(folded_devices(map(str, unused)))} are better: {they_stay} empty"
+        names = ", ".join(folded_devices(map(str, unused)))
+        if compiled.plan.strategy == "fewest-devices":
+            yield f"{names} {they_stay.partition(' ')[2]} empty: no fewer devices{tried} have room"
+        else:
+            yield f"no stages{tried} that use {names} are better: {they_stay} empty"
 
 
 def cache_in_words(pipeline: Pipeline) -> str:

@@ -112,7 +112,9 @@ class PipelineCandidate:
         return self.problem.rooms(self.slots)
 
 
-def best_place(problem: PipelineProblem, *, prefers_cache: bool) -> StagePlacement | None:
+def best_place(
+    problem: PipelineProblem, *, prefers_cache: bool, prefers_few_devices: bool = False
+) -> StagePlacement | None:
     """Return the best stages in which all requests fit; `None` if there are none.
 
     The fastest is the one with the least time between two tokens of a request: with one request, the sum of all stages;
@@ -122,12 +124,16 @@ def best_place(problem: PipelineProblem, *, prefers_cache: bool) -> StagePlaceme
     Args:
         problem: the problem to solve.
         prefers_cache: whether a large cache matters more than speed.
+        prefers_few_devices: whether few devices matter more than both.
 
     Raises:
         TooManyChoicesError: if there are too many ways to choose devices, or to order them and none was found.
     """
     candidates, are_all = _candidates(problem)
-    place = _best_of(candidates, prefers_cache=prefers_cache)
+    counts = sorted({candidate.stages for candidate in candidates}) if prefers_few_devices else []  # all as large
+    alternatives = [[each for each in candidates if each.stages == count] for count in counts] or [candidates]
+    found = (_best_of(alternative, prefers_cache=prefers_cache) for alternative in alternatives)
+    place = next((place for place in found if place is not None), None)
     if place is None and not are_all:
         raise TooManyChoicesError
     return place

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from devmap_config.profile.loading import LoadedProfile
 
 STRATEGIES = ("auto", "fastest", "longest-context", "fewest-devices", "manual")
-"""`auto` means `fastest` if the machine states its rates, else `longest-context`; `fewest-devices` likewise."""
+"""`auto` means `fastest` if the machine states its rates, else `longest-context`."""
 
 MULTIPLE_TARGETS = "a plan is made for one engine: name `transformers` or `vllm`, and keep a profile for each"
 

@@ -37,6 +37,7 @@ VLLM = Executor(name="vllm")
 """The executor of such a plan: each layer runs on the device that stores it."""
 
 CACHE_FIRST = "longest-context"
+FEW_DEVICES = "fewest-devices"
 
 LONGEST = 2**24
 """The longest context that is stated if the model's positions have no end."""
@@ -159,7 +160,11 @@ def _best_place(problem: PipelineProblem, strategy: str) -> StagePlacement | Non
     Raises:
         TooManyChoicesError: if there are too many ways to choose devices.
     """
-    return best_place(problem, prefers_cache=strategy == CACHE_FIRST or not problem.knows_times)
+    return best_place(
+        problem,
+        prefers_cache=strategy == CACHE_FIRST or not problem.knows_times,
+        prefers_few_devices=strategy == FEW_DEVICES,
+    )
 
 
 def _written(devices: Sequence[Device], bound: tuple[int, int]) -> str:

@@ -164,6 +164,16 @@ def test_with_one_request_the_faster_card_has_all(compiled):
     assert told in list(pipeline_story(one, one.plan.pipeline))
 
 
+def test_fewest_devices_takes_the_fastest_of_as_few_as_have_room(compiled):
+    def stages(**sizes):
+        many = TWO_HOSTS % {"requests": 64, "context": 4096, "memory": "1GiB", **sizes}
+        plan = compiled(many.replace("strategy: fastest", "strategy: fewest-devices")).plan
+        return [(stage.host, stage.first_layer, stage.last_layer) for stage in plan.pipeline.stages]
+
+    assert stages() == [("left", 0, 5)]
+    assert [host for host, *_ in stages(requests=400)] == ["left", "right"]
+
+
 def test_the_stage_with_the_least_room_decides_how_many_blocks_there_are(compiled):
     pipeline = compiled(TWO_HOSTS % {"requests": 64, "context": 4096, "memory": "120MiB"}).plan.pipeline
     assert pipeline.deciding_stage == 1
