@@ -27,6 +27,8 @@ BYTE_UNITS = {
     "TiB": 2**40,
 }
 
+_DECIMAL_UNITS = ("B", "kB", "MB", "GB", "TB")
+
 FLOP_UNITS = {"GFLOP/s": 10**9, "TFLOP/s": 10**12, "PFLOP/s": 10**15}
 
 TIME_UNITS = {
@@ -163,12 +165,10 @@ def parse_bandwidth(text: str) -> int:
     number, unit = _rate(text, example)
     if unit is None:
         return _whole(text, number, example)
-    if "bit" in unit or unit.endswith("bps"):
-        raise QuantityError(f"`{text}` is in bits", _in_bytes(number, unit))
-    if unit.endswith("ps") and unit[:-2] in BYTE_UNITS:
-        raise QuantityError(f"`{unit}` is not a unit of bandwidth", f"write `{text[: -len('ps')]}/s`")
-    if not unit.endswith("/s"):
-        raise QuantityError(f"`{text}` is not a bandwidth: `/s` is missing", f"write `{text}/s`")
+    if unit == "/s":
+        raise QuantityError(f"`{text}` names no unit of bytes", f"units are {_names(BYTE_UNITS)}")
+    if not unit.endswith("/s") or unit.removesuffix("/s") not in BYTE_UNITS:
+        raise _not_a_bandwidth(text, number, unit)
     return _bytes(text, number, unit.removesuffix("/s"))
 
 
@@ -286,18 +286,60 @@ def _rate(text: str, example: str) -> tuple[Fraction, str | None]:
     return number, unit
 
 
-def _in_bytes(number: Fraction, unit: str) -> str:
-    """Return advice for a bandwidth in bits, such as `10Gbit/s`: to write it in bytes."""
-    prefix = unit[0] if unit[0] in "kKMGT" else ""
-    eighth = f"{float(number / 8):.6g}"
-    return f"bandwidths are in bytes: write `{eighth}{'k' if prefix == 'K' else prefix}B/s`"
+_WRITTEN_OTHERWISE = re.compile(
+    r"(?P<prefix>[kmgt]i?)?(?P<counted>bits?|b)?(?P<time>/s|/sec|/second|ps)?", re.IGNORECASE | re.ASCII
+)
+"""A unit of bytes or bits, in any spelling, and a unit of time: `Gb/s`, `gbit/s`, `GBps`, `G`."""
+
+
+def _not_a_bandwidth(text: str, number: Fraction, unit: str) -> QuantityError:
+    """Return the error for a unit that is not one of bandwidth, with a bandwidth to write instead.
+
+    A lower-case `b` is a bit, as in `Gb/s` and `gbps`; in `gb/s` it may be either.
+    """
+    match = _WRITTEN_OTHERWISE.fullmatch(unit)
+    if match is None:
+        units = ", ".join(f"`{known}/s`" for known in BYTE_UNITS)
+        return QuantityError(f"`{unit}` is not a unit of bandwidth", f"units are {units}")
+    prefix, counted, time = match["prefix"] or "", match["counted"] or "", match["time"] or ""
+    amount, known = text.removesuffix(unit).strip(), _byte_unit(prefix)
+    in_bytes = f"`{amount}{known}/s`"
+    if not counted:
+        binary, decimal = _byte_unit(f"{prefix[:1]}i"), _byte_unit(prefix[:1])
+        choice = in_bytes if prefix.endswith(("i", "I")) else f"`{amount}{binary}/s` or `{amount}{decimal}/s`"
+        return QuantityError(f"`{unit}` is not a unit of bandwidth", f"write {choice}")
+    if counted == "B":
+        missing = f"`{text}` is not a bandwidth: `/s` is missing"
+        return QuantityError(f"`{unit}` is not a unit of bandwidth" if time else missing, f"write {in_bytes}")
+    from_bits = int(number * BYTE_UNITS[known] / 8)
+    if not from_bits:
+        return QuantityError(f"`{text}` is in bits, and less than a byte", "write a bandwidth as `25GB/s`")
+    if counted == "b" and prefix[:1] in ("m", "g", "t") and time != "ps":
+        message, help = (
+            "may be in bits or in bytes",
+            f"write {in_bytes} or, if it is in bits, `{_written(from_bits)}/s`",
+        )
+        return QuantityError(f"`{text}` {message}", help)
+    return QuantityError(f"`{text}` is in bits", f"bandwidths are in bytes: write `{_written(from_bits)}/s`")
+
+
+def _byte_unit(prefix: str) -> str:
+    """Return the unit of bytes with a prefix in any spelling: `GB` for `g`, `KiB` for `KI`."""
+    letter = prefix[:1].upper()
+    return f"{letter}iB" if len(prefix) > 1 else f"{'k' if letter == 'K' else letter}B"
+
+
+def _written(size_bytes: int) -> str:
+    """Return bytes exactly, in the largest decimal unit of which there is a whole one."""
+    unit = max((each for each in _DECIMAL_UNITS if BYTE_UNITS[each] <= size_bytes), key=BYTE_UNITS.__getitem__)
+    whole, rest = divmod(size_bytes, BYTE_UNITS[unit])
+    digits = str(BYTE_UNITS[unit] + rest)[1:].rstrip("0")
+    return f"{whole}{'.' if digits else ''}{digits}{unit}"
 
 
 def _bytes(text: str, number: Fraction, unit: str | None) -> int:
     if unit is None:
         return _whole(text, number, "write whole bytes, or a unit as in `20GiB`")
-    if not unit:  # `25/s`
-        raise QuantityError(f"`{text}` names no unit of bytes", f"units are {_names(BYTE_UNITS)}")
     if unit not in BYTE_UNITS:
         raise QuantityError(f"`{unit}` is not a unit of bytes", _meant(text, unit))
     return _whole(text, number * BYTE_UNITS[unit], "a byte is the smallest there is")
@@ -307,8 +349,8 @@ def _meant(text: str, unit: str) -> str:
     """Return advice for `20G`, which could mean gigabytes or gibibytes."""
     letter = unit[0].upper()
     if letter in "KMGT":
-        number = text[: len(text) - len(unit)].strip()
-        binary, decimal = f"{letter}iB", "kB" if letter == "K" else f"{letter}B"
+        number = text.removesuffix(unit).strip()
+        binary, decimal = _byte_unit(f"{letter}i"), _byte_unit(letter)
         sizes = f"{BYTE_UNITS[binary]:,} or {BYTE_UNITS[decimal]:,} bytes each"
         return f"write `{number}{binary}` or `{number}{decimal}`: {sizes}"
     return f"units are {_names(BYTE_UNITS)}"
