@@ -80,6 +80,7 @@ def trace_of(
             told = {"predicted_nanoseconds": getattr(plan.prediction, OWN[phase]), "basis": bases.get(phase)}
             for title in titles[phase]:
                 trace.forward(title, timing.rates, parts, told)
+    trace.end()
     return {
         "traceEvents": sorted(trace.events, key=lambda event: (event.get("ts", 0), ORDER.index(event["ph"]))),
         "displayTimeUnit": "ms",
@@ -198,6 +199,12 @@ class _Trace:
         self._end_wait()
         self._slice(FORWARDS_PROCESS, FORWARDS_PROCESS, title, "forward", began, self.now, told)
         self.arriving.clear()
+
+    def end(self) -> None:
+        """Show that devices hold to the end what they hold: a viewer draws no memory of which it is told once."""
+        now = self.now // NANOSECONDS_PER_MICROSECOND
+        last = {event["pid"]: event for event in self.events if event["ph"] == "C"}
+        self.events += ({**event, "ts": now} for event in last.values() if event["ts"] < now)
 
     def _bring_ahead(self, part: ForwardPart, rates: MachineRates, ends: int, earliest: int | None) -> None:
         """Show copies that overlap with work: from now on, or so that they finish when the part ends.

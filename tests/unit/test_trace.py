@@ -111,8 +111,30 @@ def tracks_of(trace):
     return found
 
 
+def assert_well_formed(trace):
+    """It holds to the format's document: what viewers need to know of each event, in the order of time."""
+    events = trace["traceEvents"]
+    metadata = [event for event in events if event["ph"] == "M"]
+    assert events[: len(metadata)] == metadata
+    assert all(one["ts"] <= other["ts"] for one, other in pairwise(events[len(metadata) :]))
+    named = {(each["pid"], each["tid"]) for each in metadata if each["name"] == "thread_name"}
+    needed = {"X": {"dur", "name", "cat"}, "C": {"name", "args"}, "s": {"id", "name", "cat"}, "f": {"id", "bp"}}
+    ends = {}
+    for event in events[len(metadata) :]:
+        assert needed[event["ph"]] <= event.keys()
+        assert (event["pid"], event["tid"]) in named
+        assert isinstance(event["ts"], int)
+        assert event["ph"] != "X" or (isinstance(event["dur"], int) and event["dur"] > 0)
+        key = event["pid"], event["ph"]
+        ends[key] = max(ends.get(key, 0), event["ts"] + event.get("dur", 0))
+    # The memory of every device is told to the end, else viewers draw none of it.
+    memory = {end for (_, phase), end in ends.items() if phase == "C"}
+    assert memory <= {max(ends.values())}
+
+
 def assert_sound(trace, prediction):
     """Times are those predicted, a track shows one thing at a time, and flows lead from copies to what waits."""
+    assert_well_formed(trace)
     tracks = tracks_of(trace)
     for track in tracks.values():
         assert all(one["ts"] + one["dur"] <= other["ts"] for one, other in pairwise(track))
