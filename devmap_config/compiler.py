@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 
     from devmap_config.devices import Device
     from devmap_config.diagnostics.diagnostic import Diagnostic
-    from devmap_config.execution.segments import Phase
+    from devmap_config.execution.segments import MissingFigureError, Phase
     from devmap_config.graph.loading import LoadedModel
     from devmap_config.plan.lock import InputDigests, Lock
     from devmap_config.plan.plan import Plan
@@ -153,7 +153,7 @@ class Compiled(Prepared):
         return time_bases(self.plan, self.graph, self.inventory)
 
     @property
-    def missing_figures(self) -> dict[Phase, tuple[str, ...]]:
+    def missing_figures(self) -> dict[Phase, tuple[MissingFigureError, ...]]:
         """The figures of the machine that are missing for the times that are not predicted."""
         return missing_figures(self.plan, self.graph, self.inventory)
 

@@ -122,7 +122,7 @@ def story(compiled: Compiled) -> Iterator[str]:
     """Yield an explanation of the plan in about ten lines."""
     from devmap_config.cli.companions import companion_lines
     from devmap_config.cli.plan_table import memory_in_words, weights_in_words
-    from devmap_config.cli.predictions import HOW_TO_GIVE_FIGURES, said_of_bases, said_of_missing
+    from devmap_config.cli.predictions import how_to_give, said_of_bases, said_of_missing
 
     plan, model, graph = compiled.plan, compiled.model, compiled.graph
     if plan.pipeline is not None:
@@ -149,7 +149,7 @@ def story(compiled: Compiled) -> Iterator[str]:
         yield f"{said[0].upper()}{said[1:]}."
     if missing := compiled.missing_figures:
         said = said_of_missing(missing)
-        yield f"{said[0].upper()}{said[1:]}: {HOW_TO_GIVE_FIGURES}."
+        yield f"{said[0].upper()}{said[1:]}: {how_to_give(missing, compiled.loaded.profile.hardware)}."
     if plan.prediction.longest_context is not None and graph.measurement is not None:
         yield _room_for_context(plan.prediction.longest_context, graph.measurement)
     yield from (f"{said[0].upper()}{said[1:]}." for said in companion_lines(compiled))

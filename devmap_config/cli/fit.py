@@ -12,7 +12,7 @@ from devmap_config.amounts import format_bytes, format_duration
 from devmap_config.cli.command import CommandError, Mistakes, ProfileOptions, profile_command
 from devmap_config.cli.exit_codes import ExitCode
 from devmap_config.cli.machines import MACHINE_HELP, is_of_machine, machine_of
-from devmap_config.cli.predictions import said_of_missing
+from devmap_config.cli.predictions import how_to_give, said_of_missing
 from devmap_config.cli.progress import progress
 from devmap_config.devices import CPU
 from devmap_config.hardware.constants import PROCESS_ANONYMOUS_BYTES
@@ -154,7 +154,8 @@ def _table(rows: list[Row]) -> Iterator[Table | str]:
         yield f"of the CPU's memory, tensors are counted: Python and the libraries hold {base} or more besides"
     for row in rows:
         if row.fastest is not None and (missing := row.fastest.missing_figures):
-            yield f"{row.machine}: {said_of_missing(missing)}"
+            how = how_to_give(missing, row.fastest.loaded.profile.hardware)
+            yield f"{row.machine}: {said_of_missing(missing)}; in a YAML file with a `hardware:` block, {how}"
         if row.reason is not None:
             yield f"{row.machine} does not fit: {row.reason}"
         for aim, compiled in row.plans.items():
@@ -163,8 +164,6 @@ def _table(rows: list[Row]) -> Iterator[Table | str]:
                 yield f"{row.machine}{'' if aim == 'both' else f', {aim}'}: {', '.join(remarks)}"
         if row.other is not None:
             yield f"{row.machine} suits {row.other.name} better{_by(row.other)}: {row.other.reason}"
-    if any(row.fastest is not None and row.fastest.missing_figures for row in rows):
-        yield "for times, name an `accelerator` of the catalogue, or give rates in a YAML file with a `hardware:` block"
     if any(row.other is not None and row.other.name == "vLLM" for row in rows):
         yield "no predicted time of vLLM was compared with a card"
 

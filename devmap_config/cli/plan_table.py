@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from rich.text import Text
 
 from devmap_config.amounts import MEBIBYTE, counted, format_bytes, largest_unit
-from devmap_config.cli.predictions import HOW_TO_GIVE_FIGURES, predicted, said_of_bases, said_of_missing
+from devmap_config.cli.predictions import how_to_give, predicted, said_of_bases, said_of_missing
 from devmap_config.cli.stages_view import stage_lines
 from devmap_config.cli.tables import listing
 from devmap_config.devices import DISK
@@ -83,7 +83,7 @@ def _notes(compiled: Compiled) -> Iterator[Text]:
     if bases := compiled.time_bases:
         yield Text(said_of_bases(bases, plan.prediction), style="dim")
     if missing := compiled.missing_figures:
-        yield Text(f"{said_of_missing(missing)}: {HOW_TO_GIVE_FIGURES}")
+        yield Text(f"{said_of_missing(missing)}: {how_to_give(missing, compiled.loaded.profile.hardware)}")
     if besides := _besides_text(model):
         yield Text(besides)
     if plan.strategy in TRANSFORMERS_STRATEGIES and plan.measured and len(plan.devices) > 1:

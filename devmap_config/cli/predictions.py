@@ -5,14 +5,19 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from devmap_config.amounts import format_duration, format_ratios
+from devmap_config.devices import CPU, DISK
 from devmap_config.plan.plan import OWN
+from devmap_config.plan.prediction import figures_in_words
+from devmap_config.profile.writing import example_with_rates
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from devmap_config.execution.segments import Phase
+    from devmap_config.devices import Device
+    from devmap_config.execution.segments import MissingFigureError, Phase
     from devmap_config.plan.plan import Plan, Prediction
     from devmap_config.plan.prediction import TimeBasis
+    from devmap_config.profile.schema import Hardware
 
 
 def predicted(plan: Plan) -> str:
@@ -35,14 +40,26 @@ def predicted(plan: Plan) -> str:
 UNITS: Mapping[Phase, str] = {"decode": "a token", "prefill": "a prefill"}
 """The unit of the predicted time, by phase."""
 
-HOW_TO_GIVE_FIGURES = (
-    "write that under `hardware`, name an `accelerator` of the catalogue, or take what `devmap probe --measure` finds"
-)
+
+def how_to_give(missing: Mapping[Phase, tuple[MissingFigureError, ...]], hardware: Hardware) -> str:
+    """Return what to write for the missing figures of the machine, with an example that keeps what the profile says."""
+    figures: dict[Device | None, list[str]] = {}
+    for error in missing.get("prefill") or missing["decode"]:
+        figures.setdefault(error.device, []).append(error.figure)
+    links = [figure.replace("…", "12GB/s") for figure in figures.pop(None, ())]
+    examples: dict[str, str] = {}  # one of each kind of device
+    for device, names in figures.items():
+        if device is not None and device.kind not in examples:
+            examples[device.kind] = example_with_rates(device, hardware.listed[device], *names)
+    card = "name the `accelerator` if the catalogue has it, " if set(examples) - {CPU.kind, DISK.kind} else ""
+    written = " and ".join(f"`{entry}`" for entry in [*examples.values(), *links])
+    return f"{card}write (for example) {written}, or take what `devmap probe --measure` finds"
 
 
-def said_of_missing(missing: Mapping[Phase, tuple[str, ...]]) -> str:
+def said_of_missing(missing: Mapping[Phase, tuple[MissingFigureError, ...]]) -> str:
     """Return a sentence about the times that are not predicted, and the missing figures of the machine."""
-    figures = missing.get("prefill") or missing["decode"]  # a prefill needs all figures of a token, and more
+    # A prefill needs all figures of a token, and more.
+    figures = figures_in_words(missing.get("prefill") or missing["decode"])
     unit = "no time" if "decode" in missing else f"no time of {UNITS['prefill']}"
     named = " and ".join(filter(None, (", ".join(figures[:-1]), figures[-1])))
     return f"without {named}, {unit} is predicted"

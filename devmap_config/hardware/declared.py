@@ -86,7 +86,7 @@ def declared_devices(hardware: Hardware) -> tuple[Device, ...]:
 def _device(
     device: Device, section: DeviceSection, cap: Located[int | Share] | None, sink: Sink
 ) -> InventoryDevice | None:
-    accelerator = _accelerator(device, section.accelerator, sink)
+    accelerator = _accelerator(device, section, sink)
     if section.accelerator.value is not None and accelerator is None:
         return None
     memory_bytes = _memory_bytes(device, section, accelerator, sink)
@@ -221,12 +221,15 @@ def _absolute(quantity: int | Share, memory_bytes: int) -> int:
     return int(memory_bytes * quantity.fraction) if isinstance(quantity, Share) else quantity
 
 
-def _accelerator(device: Device, named: Located[str | None], sink: Sink) -> Accelerator | None:
+def _accelerator(device: Device, section: DeviceSection, sink: Sink) -> Accelerator | None:
+    named = section.accelerator
     if named.value is None:
         return None
     found, memory = load_catalogue().get(named.value), _as_memory(named.value)
     if not device.is_accelerator:
-        message, help = f"{device} is not an accelerator", f"write `{device}: {{memory: {memory or '64GiB'}}}`"
+        given = {} if section.memory.is_written else {"memory": parse_bytes(memory or "64GiB")}
+        described = device_text(section.changed(accelerator=None, **given))
+        message, help = f"{device} is not an accelerator", f"write `{device}: {described}`"
     elif found is None:
         meant = nearest(named.value)
         message = f"the catalogue has no accelerator `{named.value}`"

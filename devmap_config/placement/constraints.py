@@ -11,6 +11,7 @@ from devmap_config.execution.units import fold, united
 from devmap_config.placement.problem import Aim, Problem
 from devmap_config.profile.device_names import device_meant, where_to_list
 from devmap_config.profile.schema import OPTIMAL_STRATEGIES
+from devmap_config.profile.writing import example_with_rates
 from devmap_config.rules.folding import fold_paths
 
 DEFAULT_NEW_TOKENS = 256
@@ -211,13 +212,14 @@ def _missing_rates(
     for device in inventory.devices:
         if device not in computing and device.id not in apart:
             continue
-        doubtful = loaded.profile.hardware.listed[device.id].doubtful
+        section = loaded.profile.hardware.listed[device.id]
+        doubtful, missing = section.doubtful, dict[str, str]()
         if device.bandwidth_bytes_per_second is None and not doubtful & {"accelerator", "bandwidth"}:
-            example = f"`{device.id}: {{bandwidth: {'50' if device.id == CPU else '1000'}GB/s}}`"
-            yield device.id, f"the bandwidth of {device.id}", example
+            missing["bandwidth"] = f"the bandwidth of {device.id}"
         if prefills and device.flops_per_second is None and not doubtful & {"accelerator", "flops"}:
-            example = f"`{device.id}: {{flops: {'1' if device.id == CPU else '150'}TFLOP/s}}`"
-            yield device.id, f"what {device.id} computes", example
+            missing["flops"] = f"the `flops` of {device.id}"
+        for figure in missing.values():
+            yield device.id, figure, f"`{example_with_rates(device.id, section, *missing)}`"
 
 
 def _missing_links(inventory: Inventory, loaded: LoadedProfile, sink: Sink) -> Iterator[tuple[Device, str, str]]:
@@ -232,7 +234,8 @@ def _missing_links(inventory: Inventory, loaded: LoadedProfile, sink: Sink) -> I
         if store.is_accelerator or store == first or (store, first) in inventory.links:
             continue
         is_host = store == CPU or ((CPU, first) not in inventory.links and first.is_accelerator)
-        figure, example = ("host", "`links: {host: 25GB/s}`") if is_host else ("disk", "`disk: {bandwidth: 6GB/s}`")
+        with_bandwidth = f"`{example_with_rates(store, hardware.listed[store], 'bandwidth')}`"
+        figure, example = ("host", "`links: {host: 25GB/s}`") if is_host else ("disk", with_bandwidth)
         yield store, f"how fast {store} is reached ({figure})", example
     for device in inventory.accelerators[1:]:
         if (first, device.id) not in inventory.links:

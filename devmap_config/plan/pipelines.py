@@ -19,6 +19,7 @@ from devmap_config.pipeline.times import SENT_TENSORS
 from devmap_config.plan.lock import LockError
 from devmap_config.plan.plan import DeviceUse, Plan, Prediction
 from devmap_config.plan.values import folded_devices
+from devmap_config.profile.writing import example_with_rates
 from devmap_config.wording import first_of
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from devmap_config.pipeline.stages import Pipeline
     from devmap_config.plan.lock import Lock
     from devmap_config.prepared import Prepared
+    from devmap_config.profile.schema import Hardware
 
 VLLM = Executor(name="vllm")
 """The executor of such a plan: each layer runs on the device that stores it."""
@@ -115,8 +117,9 @@ def plan_pipeline(prepared: Prepared, sink: Sink) -> Plan | None:
         return None
     problem, strategy = stated.problem, prepared.strategy
     if strategy == "fastest" and not problem.knows_times:
-        for device, message, help in _missing_rates(problem):
-            sink.error("missing-figure", message, prepared.loaded.profile.hardware.device_span(device), help=help)
+        hardware = prepared.loaded.profile.hardware
+        for device, message, help in _missing_rates(problem, hardware):
+            sink.error("missing-figure", message, hardware.device_span(device), help=help)
         return None
     try:
         place = _best_place(problem, strategy)
@@ -319,10 +322,11 @@ def _longest_context(problem: PipelineProblem, pipeline: Pipeline) -> int:
     return low
 
 
-def _missing_rates(problem: PipelineProblem) -> Iterator[tuple[Device, str, str]]:
+def _missing_rates(problem: PipelineProblem, hardware: Hardware) -> Iterator[tuple[Device, str, str]]:
     for slot in problem.slots:
         if slot[0].bandwidth_bytes_per_second is None:
-            example = f"write `{slot[0].id.of_its_host}: {{bandwidth: 1000GB/s}}`, or name an `accelerator`"
+            with_bandwidth = example_with_rates(slot[0].id, hardware.listed[slot[0].id], "bandwidth")
+            example = f"write `{with_bandwidth}`{', or name an `accelerator`' if slot[0].id.is_accelerator else ''}"
             yield slot[0].id, f"`fastest` compares times, and the bandwidth of {slot[0].id} is not known", example
     first_of_each = {after[0].id: (before, after) for before, after in reversed(problem.unlinked)}
     for before, after in reversed(first_of_each.values()):

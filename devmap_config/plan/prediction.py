@@ -16,6 +16,8 @@ from devmap_config.plan.values import folded_devices
 from devmap_config.profile.quantities import BASES, weakest
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from devmap_config.execution.segments import Phase
     from devmap_config.graph.model import ModelGraph
     from devmap_config.hardware.inventory import Inventory
@@ -58,30 +60,34 @@ def rates_basis(graph: ModelGraph, inventory: Inventory, phase: Phase, *plans: P
     return min(bases, key=BASES.index)
 
 
-def missing_figures(plan: Plan, graph: ModelGraph, inventory: Inventory) -> dict[Phase, tuple[str, ...]]:
+def missing_figures(plan: Plan, graph: ModelGraph, inventory: Inventory) -> dict[Phase, tuple[MissingFigureError, ...]]:
     """Return the figures of the machine that are missing for each phase whose time cannot be predicted.
 
     Nothing is returned for a model without a measurement and for a plan for vLLM, neither of which lacks a figure.
     """
-    found: dict[Phase, tuple[str, ...]] = {}
+    found: dict[Phase, tuple[MissingFigureError, ...]] = {}
     if plan.pipeline is not None or graph.measurement is None or not graph.measurement.measured:
         return found
     for phase in phases_of(graph):
         timing = Timing(graph, inventory, phase, plan.executor, plan.main_device)
         segments = forward_segments(timing, plan.locations)
-        devices: dict[str, list[str]] = {}
-        for error in (error for segment in segments for error in timing.rates.missing(segment)):
-            named = devices.setdefault(error.figure, [])
-            if error.device is not None and str(error.device) not in named:
-                named.append(str(error.device))
-        figures: dict[str, list[str]] = {}
-        for figure, named in devices.items():
-            figures.setdefault(", ".join(folded_devices(named)), []).append(f"`{figure}`")
-        if figures:
-            found[phase] = tuple(
-                f"the {' and '.join(names)} of {of}" if of else " and ".join(names) for of, names in figures.items()
-            )
+        errors = (error for segment in segments for error in timing.rates.missing(segment))
+        if figures := {(error.figure, error.device): error for error in errors}:
+            found[phase] = tuple(figures.values())
     return found
+
+
+def figures_in_words(missing: Iterable[MissingFigureError]) -> tuple[str, ...]:
+    """Return missing figures in words: "the `bandwidth` and `flops` of cuda:[0-1]", "`host`"."""
+    devices: dict[str, list[str]] = {}
+    for error in missing:
+        named = devices.setdefault(error.figure, [])
+        if error.device is not None:
+            named.append(str(error.device))
+    figures: dict[str, list[str]] = {}
+    for figure, named in devices.items():
+        figures.setdefault(", ".join(folded_devices(named)), []).append(f"`{figure}`")
+    return tuple(f"the {' and '.join(names)} of {of}" if of else " and ".join(names) for of, names in figures.items())
 
 
 def phases_of(graph: ModelGraph) -> tuple[Phase, ...]:

@@ -10,7 +10,7 @@ from devmap_config.devices import CPU, DISK
 from devmap_config.diagnostics.diagnostic import Sink
 from devmap_config.execution.weighing import heaviest
 from devmap_config.plan.verify import Violation, verify
-from devmap_config.profile.writing import device_text
+from devmap_config.profile.writing import example_with_rates
 from devmap_config.rules.folding import fold_paths
 
 if TYPE_CHECKING:
@@ -98,13 +98,13 @@ def _check_comparison(plan: Plan, prepared: Prepared, sink: Sink) -> None:
     streamed = next((use.weights_bytes for use in plan.devices if use.id == CPU), 0)
     if streamed and prepared.passes_over_cpu:
         hardware = prepared.loaded.profile.hardware
-        with_bandwidth = device_text(hardware.listed[CPU].changed(bandwidth=50 * 10**9))
+        with_bandwidth = example_with_rates(CPU, hardware.listed[CPU], "bandwidth")
         sink.warning(
             "cpu-passed-over",
             f"the CPU only stores {format_bytes(streamed)} of weights: its bandwidth is not known, so computing with"
             " them there, which may be faster, was not considered",
             hardware.device_span(CPU),
-            help=f"write `cpu: {with_bandwidth}`, or what `devmap probe --measure` finds",
+            help=f"write `{with_bandwidth}`, or what `devmap probe --measure` finds",
         )
 
 

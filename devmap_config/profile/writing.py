@@ -6,6 +6,7 @@ import re
 from typing import TYPE_CHECKING
 
 from devmap_config.amounts import exact_amount
+from devmap_config.devices import CPU, DISK
 from devmap_config.profile.document import plain_value
 from devmap_config.profile.quantities import BYTE_UNITS, FLOP_UNITS, Share, basis_of
 
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from fractions import Fraction
 
+    from devmap_config.devices import Device
     from devmap_config.profile.schema import DeviceSection, Hardware, Link, Products, Rates
 
 PLAIN = re.compile(r"[A-Za-z0-9_./~-][A-Za-z0-9_./:~-]*")
@@ -61,6 +63,24 @@ def device_text(section: DeviceSection) -> str:
     }
     given = {key: value for key, value in described.items() if value is not None}
     return given["accelerator"] if set(given) == {"accelerator"} else _flow(given)
+
+
+EXAMPLE_RATES = {
+    CPU.kind: {"bandwidth": 50 * 10**9, "flops": 10**12},
+    DISK.kind: {"bandwidth": 6 * 10**9},
+}
+"""Rates of the usual order of magnitude, for hints about a rate that a profile does not give."""
+
+EXAMPLE_RATES_OF_ACCELERATORS = {"bandwidth": 900 * 10**9, "flops": 150 * 10**12}
+
+
+def example_with_rates(device: Device, section: DeviceSection, *names: str) -> str:
+    """Return the entry of a device with example values of these rates added to what the profile says of it.
+
+    For a CPU of which only the memory is known, with its bandwidth: `cpu: {memory: 64GiB, bandwidth: 50GB/s}`.
+    """
+    rates = EXAMPLE_RATES.get(device.kind, EXAMPLE_RATES_OF_ACCELERATORS)
+    return f"{device.of_its_host}: {device_text(section.changed(**{name: rates[name] for name in names}))}"
 
 
 def _rates(rates: Rates) -> str | None:

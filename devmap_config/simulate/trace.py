@@ -15,7 +15,7 @@ from devmap_config.devices import Device
 from devmap_config.execution.overlap import FORWARDS, Clock, total_nanoseconds
 from devmap_config.execution.timing import Timing, forward_parts
 from devmap_config.plan.plan import OWN
-from devmap_config.plan.prediction import missing_figures, phases_of, time_bases
+from devmap_config.plan.prediction import figures_in_words, missing_figures, phases_of, time_bases
 from devmap_config.wording import visible
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ def trace_of(
         The trace, for `trace_text` to write.
     """
     bases = {phase: asdict(basis) for phase, basis in time_bases(plan, graph, inventory).items()}
-    missing = missing_figures(plan, graph, inventory)
+    missing = {phase: figures_in_words(found) for phase, found in missing_figures(plan, graph, inventory).items()}
     titles = {"prefill": ["prefill"], "decode": [f"token {number}" for number in range(1, tokens + 1)]}
     trace = _Trace(plan, simulation)
     trace.begin(visible(name), inventory)

@@ -339,6 +339,7 @@ def test_what_a_rule_computes_on_the_cpu_wants_its_bandwidth(workspace):
     pins = ['{match: "model.layers.1.mlp", device: cpu, compute: cpu}']
     finding = refusal_of(devices, pins=pins)
     assert (finding.code, "the bandwidth of cpu" in finding.message) == ("missing-figure", True)
+    assert "write `cpu: {memory: 1GiB, bandwidth: 50GB/s}`" in finding.help
     assert plan_of(devices.replace("1GiB", "1GiB, bandwidth: 50GB/s"), pins=pins).compute
 
 

@@ -76,7 +76,11 @@ def test_a_time_that_is_not_predicted_says_which_figure_is_missing(command, prof
     arguments = {"compile": ["--dry-run"], "fit": ["--on", str(box)]}.get(command, [])
     told = " ".join(run(command, str(profile), *arguments).stdout.split())
     assert "ithout the `flops` of cuda:0, cpu, no time of a prefill is predicted" in told
-    assert ("in a YAML file with a `hardware:` block" if command == "fit" else "write that under `hardware`") in told
+    entries = ("cuda:0: {memory: 1GiB, bandwidth: 1TB/s, flops: 150TFLOP/s}", "flops: 1TFLOP/s}")
+    assert (
+        f"(for example) `{entries[0]}` and `cpu: {{memory: 1GiB, bandwidth: 50GB/s, {entries[1]}`, or take what" in told
+    )
+    assert ("in a YAML file with a `hardware:` block" in told) == (command == "fit")
     profile.write_text(PROFILE.replace("1TB/s", "1TB/s, flops: 1TFLOP/s").replace("50GB/s", "50GB/s, flops: 1TFLOP/s"))
     box.write_text(profile.read_text()[PROFILE.index("hardware:") : profile.read_text().index("placement")])
     assert "ithout the" not in run(command, str(profile), *arguments).stdout
