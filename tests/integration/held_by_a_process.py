@@ -1,5 +1,6 @@
-"""Has the model of each profile generate, one after another; prints what this process held with it of its own, and of
-pages of files, and the most of both."""
+"""A script in which the model of each profile generates in turn; it prints the process's own memory, its pages of
+files, and the largest of both.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`devmap adopt`: maps as people have them, and what is said of what they leave out."""
+"""`devmap adopt` reads device maps in the forms that people have, and reports keys and modules that do not match."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def models(workspace):
 
 
 def adopt(text, *options, model="deep", stdin=None):
-    """Adopt the text of a map, and give the object that is printed, with its findings by code."""
+    """Adopt the text of a map, and return the profile and the findings by code."""
     Path("map").write_text(text)
     source = "map" if stdin is None else "-"
     arguments = ["adopt", source, "--model", model, "--format", "json", *options]
@@ -63,14 +63,14 @@ PRINTED = str(WHOLE).replace(": 0", ": device(type='cuda', index=0)").replace("'
     ],
     ids=["JSON", "a dict", "torch.device", "a statement", "OrderedDict", "comments"],
 )
-def test_however_the_map_is_written(text):
+def test_a_map_is_adopted_in_every_notation(text):
     profile, found = adopt(text)
     assert found == {}
     assert plan_of(profile)["device_map"] == WHOLE
     assert adopt("", stdin=text) == (profile.replace("Adopted from map:", "Adopted from stdin:"), {})
 
 
-def test_every_key_that_names_nothing_is_named_with_the_nearest_that_does():
+def test_unknown_keys_are_named_with_the_nearest_module():
     profile, found = adopt(json.dumps({**WHOLE, "model.layers.12": 1, "model.layers.13": 1, "lm_haed": 1}))
     assert set(found) == {"ignored-key"}
     Path("map").write_text(json.dumps({**WHOLE, "model.layers.12": 1, "model.layers.13": 1, "lm_haed": 1}, indent=1))
@@ -83,13 +83,13 @@ def test_every_key_that_names_nothing_is_named_with_the_nearest_that_does():
 
 
 @pytest.mark.parametrize("key", ["{a,b}" * 10, "model.layers.{0,", "re:(", "class:", "**." * 9 + "x", "[0-9]"])
-def test_a_key_that_is_a_pattern_of_any_kind_names_nothing_and_is_left_out(key):
+def test_keys_that_are_patterns_are_left_out(key):
     profile, found = adopt(json.dumps({**WHOLE, key: 1}))
     assert profile is None or plan_of(profile)["device_map"] == WHOLE
     assert set(found) & {"ignored-key", "misread-map"}
 
 
-def test_a_layer_that_is_left_out_is_an_error_as_it_is_for_transformers():
+def test_a_missing_layer_is_an_error_as_in_transformers():
     profile, found = adopt(json.dumps(without("model.layers.11")))
     assert profile is None
     assert found["uncovered-tensor"]["severity"] == "error"
@@ -97,7 +97,7 @@ def test_a_layer_that_is_left_out_is_an_error_as_it_is_for_transformers():
     assert "`model.layers.1` takes it" in found["uncovered-tensor"]["message"]
 
 
-def test_buffers_that_are_left_out_are_put_where_they_are_used():
+def test_missing_buffers_are_placed_where_they_are_used():
     profile, found = adopt(json.dumps(without("model.rotary_emb")))
     assert found["uncovered-tensor"]["severity"] == "warning"
     assert "no key names `model.rotary_emb`, which no checkpoint holds" in found["uncovered-tensor"]["message"]
@@ -105,7 +105,7 @@ def test_buffers_that_are_left_out_are_put_where_they_are_used():
     assert plan_of(profile)["device_map"] == WHOLE
 
 
-def test_of_one_device_what_is_left_out_is_left_on_the_cpu_without_hooks():
+def test_modules_missing_from_a_map_of_one_device_stay_on_the_cpu():
     profile, found = adopt(json.dumps({"model": 0}))
     assert "no key names `lm_head`: transformers leaves it on the CPU" in found["uncovered-tensor"]["message"]
     assert plan_of(profile)["device_map"] == {"": 0}
@@ -115,7 +115,7 @@ def test_of_one_device_what_is_left_out_is_left_on_the_cpu_without_hooks():
     assert "transformers puts it where `model.layers.1` is" in found["uncovered-tensor"]["message"]
 
 
-def test_tied_tensors_apart():
+def test_a_map_that_separates_tied_tensors_is_reported():
     profile, found = adopt(json.dumps(WHOLE), model="tied-deep")
     assert "they are one tensor: plain transformers fails at the forward" in found["split-tie"]["message"]
     assert plan_of(profile)["device_map"]["lm_head"] == 0
@@ -139,7 +139,7 @@ def test_tied_tensors_apart():
         ('{"model": 0, "model.(": 1}', "misread-map", "reads as a regular expression"),
     ],
 )
-def test_what_is_no_map(text, code, message):
+def test_text_that_is_no_device_map_is_an_error(text, code, message):
     profile, found = adopt(text)
     assert profile is None
     assert set(found) == {code}
@@ -147,12 +147,12 @@ def test_what_is_no_map(text, code, message):
     assert found[code]["help"]
 
 
-def test_advice_fits_what_was_pasted():
+def test_help_depends_on_the_pasted_text():
     assert "devmap init MODEL --strategy auto" in adopt('"auto"')[1]["wrong-type"]["help"]
     assert "no code is run" in adopt('{f"model.layers.{i}": 0 for i in range(12)}')[1]["syntax"]["help"]
 
 
-def test_a_machine_must_have_the_devices_of_the_map():
+def test_a_map_with_devices_that_the_machine_lacks_is_an_error():
     _, found = adopt(json.dumps(WHOLE), "--on", "rtx-4090")
     assert "the map uses cuda:1, and `rtx-4090` has no such device" in found["unknown-device"]["message"]
     profile, found = adopt(json.dumps({**WHOLE, "lm_head": "cpu"}), "--on", "2xrtx-4090")
@@ -160,7 +160,7 @@ def test_a_machine_must_have_the_devices_of_the_map():
     assert "    cpu: {memory: 32KiB}   # just what the map needs\n" in profile
 
 
-def test_what_the_compiler_refuses_and_transformers_may_not_is_adopted_and_told():
+def test_a_map_that_the_compiler_refuses_is_adopted_with_the_reason():
     Path("map").write_text(json.dumps({"": 0}))
     done = CliRunner().invoke(devmap, ["adopt", "map", "--model", "llama", "--on", "t4"], standalone_mode=False)
     assert done.return_value == 1

@@ -1,4 +1,6 @@
-"""A profile with a draft model: placed within the same budgets, loaded beside the model, and generated with."""
+"""A profile with a draft model: it is planned within the same capacities, loaded beside the model, and used in
+generation.
+"""
 
 from __future__ import annotations
 
@@ -55,7 +57,7 @@ def compiled():
 
 @pytest.fixture
 def proposals(monkeypatch):
-    """Counts the tokens that drafts propose; they are given to `generate` as assistants."""
+    """Record the width of the draft model in each assisted generation."""
     seen = []
     generate = GenerationMixin._assisted_decoding
 
@@ -68,7 +70,7 @@ def proposals(monkeypatch):
 
 
 @torch.no_grad()
-def test_it_writes_what_the_model_writes_by_itself(proposals):
+def test_generation_with_a_draft_model_equals_plain_generation(proposals):
     plain = AutoModelForCausalLM.from_pretrained("random")
     write_profile()
     assert compiled() == 0
@@ -80,7 +82,7 @@ def test_it_writes_what_the_model_writes_by_itself(proposals):
 
 
 @torch.no_grad()
-def test_a_draft_that_is_the_model_itself_is_always_right(proposals):
+def test_a_draft_equal_to_the_model_saves_forwards(proposals):
     write_profile("random")
     assert compiled() == 0
     model = load_model("profile.yaml")
@@ -91,7 +93,7 @@ def test_a_draft_that_is_the_model_itself_is_always_right(proposals):
     assert proposals
 
 
-def test_its_weights_and_its_cache_are_off_the_room_of_its_device():
+def test_draft_weights_and_cache_reduce_the_capacity_of_their_device():
     write_profile(None, devices=CARDS)
     before = {use.id: use for use in compile_profile("profile.yaml").devices}
     write_profile("{source: draft, device: cuda:1}", devices=CARDS)
@@ -116,7 +118,7 @@ def test_its_weights_and_its_cache_are_off_the_room_of_its_device():
     }
 
 
-def test_no_other_place_of_a_block_counts_on_the_room_that_it_takes():
+def test_alternative_placements_do_not_use_the_room_of_the_draft():
     cards = "{cuda:0: {memory: 64MiB}, cuda:1: {memory: %s}, cpu: {memory: 1GiB}}"
     write_profile("{source: draft, device: cuda:1}", devices=cards % "64MiB", placement="{strategy: sequential}")
     draft = compile_profile("profile.yaml").draft
@@ -130,7 +132,7 @@ def test_no_other_place_of_a_block_counts_on_the_room_that_it_takes():
         assert (beside_it.missing_bytes == 0) == is_free
 
 
-def test_logits_of_all_that_it_proposes_are_counted():
+def test_logits_of_all_proposed_tokens_are_counted():
     save({**LLAMA, "vocab_size": 20_000}, "random")
     save({**SMALL, "vocab_size": 20_000}, "draft")
     peaks = []
@@ -142,8 +144,8 @@ def test_logits_of_all_that_it_proposes_are_counted():
 
 
 @pytest.mark.parametrize("strategy", ["auto", "sequential", "fewest-devices"])
-def test_no_plan_leaves_it_without_room_to_compute(strategy):
-    """Of every budget that holds both, in steps of a few KiB."""
+def test_plans_leave_the_draft_room_for_its_activations(strategy):
+    """Over capacities in steps of 200 KiB that hold both models."""
     save({**SMALL, "vocab_size": 256, "intermediate_size": 2048}, "wide")
     fits = 0
     for kibibytes in range(1900, 4300, 200):
@@ -160,7 +162,7 @@ def test_no_plan_leaves_it_without_room_to_compute(strategy):
     assert fits
 
 
-def test_the_lock_has_it_and_is_stale_when_it_is_another(capsys):
+def test_the_lock_records_the_draft_and_is_stale_if_it_changes(capsys):
     write_profile()
     assert compiled() == 0
     lock = json.loads(Path("profile.lock.json").read_text())
@@ -172,7 +174,7 @@ def test_the_lock_has_it_and_is_stale_when_it_is_another(capsys):
     assert "the draft model changed" in capsys.readouterr().err
 
 
-def test_its_checkpoint_is_held_to_it_when_compiling():
+def test_compile_checks_the_checkpoint_of_the_draft():
     write_profile()
     config = json.loads(Path("draft/config.json").read_text())
     Path("draft/config.json").write_text(json.dumps({**config, "num_hidden_layers": 3}))
@@ -181,7 +183,7 @@ def test_its_checkpoint_is_held_to_it_when_compiling():
     assert finding.message.startswith("of the draft model: the checkpoint does not hold this LlamaForCausalLM")
 
 
-def test_it_is_loaded_as_the_model_is():
+def test_a_damaged_draft_checkpoint_is_an_error_when_loading():
     write_profile()
     assert compiled() == 0
     file = Path("draft/model.safetensors")
@@ -191,7 +193,7 @@ def test_it_is_loaded_as_the_model_is():
     assert caught.value.code == "unreadable-checkpoint"
 
 
-def test_run_writes_with_it_also_without_weights(proposals):
+def test_run_with_random_weights_uses_the_draft(proposals):
     write_profile()
     assert compiled() == 0
     done = CliRunner().invoke(run_model, ["profile.yaml", "--random-weights"])
@@ -199,7 +201,7 @@ def test_run_writes_with_it_also_without_weights(proposals):
     assert proposals == [SMALL["hidden_size"]]
 
 
-def test_the_one_that_ships_recites_its_line(proposals):
+def test_the_shipped_profile_with_a_draft_writes_its_sentence(proposals):
     profile = str(REPOSITORY / "profiles/quickstart-draft.yaml")
     done = CliRunner().invoke(run_model, [profile, "--prompt", "Two tensors", "--no-probe"])
     assert done.exit_code == 0, done.output
@@ -207,7 +209,7 @@ def test_the_one_that_ships_recites_its_line(proposals):
     assert proposals
 
 
-def test_what_is_predicted_is_said_to_be_without_it(capsys):
+def test_output_says_that_predictions_exclude_the_draft(capsys):
     cards = "{cuda:0: rtx-4090}"
     write_profile(devices=cards)
     assert devmap("compile", "profile.yaml") == 0
@@ -236,7 +238,7 @@ def test_what_is_predicted_is_said_to_be_without_it(capsys):
         ),
     ],
 )
-def test_what_cannot_be_generated_with_is_told(options, code, told):
+def test_an_unsuitable_draft_is_an_error_with_the_reason(options, code, told):
     save({**SMALL, "vocab_size": 300}, "other")
     write_profile(**options)
     found = run_pipeline(Request(path=Path("profile.yaml"))).diagnostics

@@ -1,4 +1,4 @@
-"""Whatever lies where a file is expected, each command names it, soon, in little memory, and with its exit code."""
+"""A bad file in place of any input is reported by name, quickly, in little memory, and with the right exit code."""
 
 from __future__ import annotations
 
@@ -37,7 +37,9 @@ GROWTH_BYTES = 100 * 2**20
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory):
-    """A repository with a profile, what it extends, its model in one file and in several, its lock and its graph."""
+    """A repository with a profile, the file that it extends, its model in one file and in several, its lock and its
+    graph.
+    """
     folder = tmp_path_factory.mktemp("compiled") / "repository"
     values = {**LLAMA, "num_hidden_layers": 1, "dtype": "float32"}
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**values))
@@ -115,7 +117,7 @@ READS = PROFILES | OTHERS
 
 
 def refuse_to_open(path, context):
-    """Have the system say that a file may not be read: what permissions forbid, they do not forbid to root."""
+    """Make the system refuse to read a file, since permissions do not stop root."""
     real_open = os.open
 
     def opened(name, *arguments, **options):
@@ -132,7 +134,7 @@ def spent_bytes():
 
 @pytest.mark.parametrize("bad", [*BAD, "unreadable"])
 @pytest.mark.parametrize("read", READS)
-def test_what_is_bad_is_named_soon_and_in_little_memory(repository, capsys, monkeypatch, read, bad):
+def test_a_bad_file_is_named_quickly_and_in_little_memory(repository, capsys, monkeypatch, read, bad):
     file, arguments, as_file, as_none = READS[read]
     if bad == "unreadable":
         refuse_to_open(file, monkeypatch)
@@ -175,7 +177,7 @@ LONG = "x" * 300
         ["adopt", "map.json", "--model", "small", "-o", f"{LONG}/p.yaml"],
     ],
 )
-def test_a_name_that_no_file_can_have_is_said(repository, capsys, arguments):
+def test_a_name_too_long_for_a_file_is_reported(repository, capsys, arguments):
     code = devmap(*arguments)
     said = "".join(capsys.readouterr())
     assert "Traceback" not in said
@@ -183,7 +185,7 @@ def test_a_name_that_no_file_can_have_is_said(repository, capsys, arguments):
     assert code in (WRONG, ABSENT)
 
 
-def test_a_lock_that_git_has_is_held_to_the_same_bounds(repository, capsys, monkeypatch):
+def test_locks_read_from_git_have_the_same_size_limit(repository, capsys, monkeypatch):
     Path(".git").rmdir()
     for command in (["init", "-q"], ["add", "p.lock.json"], [*AS_SOMEONE, "commit", "-q", "-m", "a lock"]):
         subprocess.run(["git", *command], check=True)
@@ -194,14 +196,14 @@ def test_a_lock_that_git_has_is_held_to_the_same_bounds(repository, capsys, monk
     assert "error[too-large]: `p.lock.json` at `HEAD` is larger than 1,000 bytes" in capsys.readouterr().err
 
 
-def test_a_machine_is_read_as_a_profile_is_with_ranges_and_what_it_extends(repository, capsys):
+def test_a_machine_file_may_have_ranges_and_extend_another(repository, capsys):
     Path("machine.yaml").write_text('extends: base.yaml\nhardware: {devices: {"cuda:[1-2]": rtx-4090}}\n')
     assert devmap("fit", "p.yaml", "--on", "machine.yaml", "--format", "json") == DONE
     [row] = json.loads(capsys.readouterr().out)["machines"]
     assert [device["id"] for device in row["devices"]] == ["cuda:0", "cuda:1", "cuda:2", "cpu"]
 
 
-def test_what_is_wrong_in_a_machine_is_told_by_its_place(repository, capsys):
+def test_errors_in_a_machine_file_have_line_and_column(repository, capsys):
     Path("machine.yaml").write_text("hardware:\n  devices:\n    cuda:0: {memry: 1GiB}\n")
     assert devmap("fit", "p.yaml", "--on", "machine.yaml", "--format", "json") == ABSENT
     [found] = json.loads(capsys.readouterr().out)["diagnostics"]

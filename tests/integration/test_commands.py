@@ -1,4 +1,4 @@
-"""The commands as processes see them: what is printed where, which files change, which code comes back."""
+"""The commands as processes: output by stream, changed files, and exit codes."""
 
 from __future__ import annotations
 
@@ -27,9 +27,10 @@ placement: {pins: [{match: lm_head, device: cpu}]}
 
 
 def devmap(*arguments, program="devmap"):
-    """Run a command in a process of its own: exit codes and streams are what is tested.
+    """Run a command in a process of its own, since exit codes and streams are tested.
 
-    Plans are dry-run in other tests (`test_simulate.py`), in one process: each of its own has torch to import.
+    The dry run is switched off: `test_simulate.py` tests it in one process, while each of these would have to import
+    torch.
     """
     if ("compile" in arguments[:1] or program == "devmap-compile") and "--vendor" not in arguments:
         arguments = (*arguments, "--no-simulate")
@@ -106,7 +107,7 @@ def test_a_profile_that_is_wrong_leaves_the_lock_alone(profile):
     assert Path("profile.lock.json").read_bytes() == before
 
 
-def test_dry_run_output_and_quiet(profile):
+def test_compile_options_dry_run_output_and_quiet(profile):
     assert devmap("compile", "profile.yaml", "--dry-run").returncode == 0
     assert not Path("profile.lock.json").exists()
     done = devmap("compile", "profile.yaml", "-q", "-o", "elsewhere.json")
@@ -126,13 +127,13 @@ def test_set_values_are_remembered_by_the_lock(profile):
     assert devmap("check", "profile.yaml", "--set", "memory=3GiB").returncode == 3
 
 
-def test_set_of_an_unknown_variable(profile):
+def test_set_of_an_unknown_variable_is_an_error(profile):
     done = devmap("compile", "profile.yaml", "--set", "contxt=3")
     assert done.returncode == 1
     assert "did you mean `context`?" in done.stderr
 
 
-def test_check_says_what_changed_and_writes_nothing(profile):
+def test_check_reports_changes_and_writes_nothing(profile):
     missing = devmap("check", "profile.yaml")
     assert missing.returncode == 3
     assert "missing-lock" in missing.stderr
@@ -150,7 +151,7 @@ def test_check_says_what_changed_and_writes_nothing(profile):
     assert devmap("check", "profile.yaml").returncode == 1
 
 
-def test_a_plan_that_computes_on_the_cpu_is_no_device_map(profile):
+def test_a_plan_that_computes_on_the_cpu_has_no_device_map(profile):
     profile.write_text(GOOD.replace("device: cpu}", "compute: cpu}"))
     done = devmap("compile", "profile.yaml", "--format", "device-map")
     assert (done.returncode, done.stdout) == (1, "")
@@ -160,7 +161,7 @@ def test_a_plan_that_computes_on_the_cpu_is_no_device_map(profile):
     assert plan["prediction"]["streamed_bytes_per_token"] == 0
 
 
-def test_run_generates_and_says_what_it_verified(workspace):
+def test_run_generates_and_reports_what_it_verified(workspace):
     from conftest import REPOSITORY
 
     done = devmap("run", str(REPOSITORY / "profiles" / "quickstart.yaml"), "--max-new-tokens", "8")
@@ -169,7 +170,7 @@ def test_run_generates_and_says_what_it_verified(workspace):
     assert "77 tensors where the lock says" in done.stderr
 
 
-def test_run_without_weights_or_accelerator(profile):
+def test_run_without_a_lock_or_weights_is_an_error(profile):
     assert devmap("run", "profile.yaml").returncode == 3
     devmap("compile", "profile.yaml")
     done = devmap("run", "profile.yaml", "--format", "json")
@@ -177,7 +178,7 @@ def test_run_without_weights_or_accelerator(profile):
     assert json.loads(done.stdout)["diagnostics"][0]["code"] == "no-weights"
 
 
-def test_tree_shows_what_repeats_once_and_what_matches(profile):
+def test_tree_shows_repeated_blocks_once_and_marks_matches(profile):
     whole = devmap("tree", "llama").stdout
     assert "[0-5]  LlamaDecoderLayer" in whole
     matched = devmap("tree", "profile.yaml", "--match", "model.layers.[0-1].mlp").stdout
@@ -242,7 +243,7 @@ def test_a_vendored_graph_needs_neither_torch_nor_the_model(profile):
     assert "nearest: `lm_head`" in devmap_without_torch("compile", "profile.yaml").stderr
 
 
-def test_a_graph_that_has_to_be_made_without_torch_is_an_error_that_says_so(profile):
+def test_without_torch_or_a_kept_graph_compile_is_an_error(profile):
     found = json.loads(devmap_without_torch("compile", "profile.yaml", "--format", "json").stdout)["diagnostics"]
     assert [(each["code"], each["line"]) for each in found] == [("torch-missing", 3)]
     devmap("compile", "profile.yaml", "--vendor")
@@ -255,7 +256,7 @@ def test_a_graph_that_has_to_be_made_without_torch_is_an_error_that_says_so(prof
     assert "run `devmap compile --vendor profile.yaml` where torch" in said
 
 
-def test_a_vendored_graph_of_something_else_is_made_anew(profile):
+def test_an_outdated_or_damaged_vendored_graph_is_a_warning(profile):
     devmap("compile", "profile.yaml", "--vendor")
     profile.write_text(GOOD + "workload: {context_length: 64}\n")
     done = devmap("compile", "profile.yaml")
@@ -267,7 +268,7 @@ def test_a_vendored_graph_of_something_else_is_made_anew(profile):
     assert "cannot be used: it is not JSON at line 1, column 2" in " ".join(damaged.stderr.split())
 
 
-def test_a_vendored_graph_that_was_edited_is_not_believed(profile):
+def test_an_edited_vendored_graph_is_not_used(profile):
     devmap("compile", "profile.yaml", "--vendor")
     path = Path("profile.graph.json")
     path.write_text(path.read_text().replace("[256,64]", "[255,64]", 1))
@@ -280,7 +281,7 @@ def test_a_vendored_graph_that_was_edited_is_not_believed(profile):
     ) == (1, True)
 
 
-def test_a_vendored_graph_of_another_config_is_noticed_where_the_config_is_at_hand(profile):
+def test_a_vendored_graph_of_another_config_is_noticed_if_the_config_is_present(profile):
     devmap("compile", "profile.yaml", "--vendor")
     config = json.loads(Path("llama/config.json").read_text())
     Path("llama/config.json").write_text(json.dumps({**config, "num_hidden_layers": 7}))
@@ -304,7 +305,7 @@ def test_an_output_that_cannot_be_written_is_a_usage_error(profile):
         assert devmap(*command, "-o", "other.yaml").returncode == 2
 
 
-def test_a_damaged_lock_is_replaced_with_a_word_and_a_newer_one_is_not(profile):
+def test_a_damaged_lock_is_replaced_with_a_warning_and_a_newer_one_is_kept(profile):
     Path("profile.lock.json").write_text("<<<<<<< HEAD")
     damaged = devmap("compile", "profile.yaml")
     assert damaged.returncode == 0
@@ -317,7 +318,7 @@ def test_a_damaged_lock_is_replaced_with_a_word_and_a_newer_one_is_not(profile):
     assert Path("profile.lock.json").read_text() == newer
 
 
-def test_a_remembered_value_of_a_variable_that_is_gone_is_dropped(profile):
+def test_the_remembered_value_of_a_removed_variable_is_dropped(profile):
     devmap("compile", "profile.yaml", "--set", "memory=2GiB", "--set", "context=5")
     assert "with context=5, memory=2GiB as before" in devmap("compile", "profile.yaml").stderr
     profile.write_text(GOOD.replace("context", "length"))
@@ -325,7 +326,7 @@ def test_a_remembered_value_of_a_variable_that_is_gone_is_dropped(profile):
     assert json.loads(Path("profile.lock.json").read_text())["set"] == {"memory": "2GiB"}
 
 
-def test_a_narrow_encoding_is_no_failure(profile):
+def test_output_in_a_narrow_encoding_does_not_fail(profile):
     environment = {**os.environ, "PYTHONIOENCODING": "cp1252"}
     profile.write_text(GOOD.replace("lm_head", "模型"), encoding="utf-8")
     command = Path(sys.executable).with_name("devmap")
@@ -341,7 +342,7 @@ def test_a_narrow_encoding_is_no_failure(profile):
     )
 
 
-def test_check_of_a_plan_that_misstates_what_a_device_holds(profile):
+def test_check_refuses_a_plan_that_misstates_the_bytes_of_a_device(profile):
     devmap("compile", "profile.yaml")
     path = Path("profile.lock.json")
     lock = read_lock(path.read_text())
@@ -352,7 +353,7 @@ def test_check_of_a_plan_that_misstates_what_a_device_holds(profile):
     assert (done.returncode, "what it says cuda:0 holds" in " ".join(done.stderr.split())) == (3, True)
 
 
-def test_check_of_a_plan_that_forgets_what_computes_on_the_cpu(profile):
+def test_check_refuses_a_plan_that_omits_modules_computed_on_the_cpu(profile):
     profile.write_text(GOOD.replace("device: cpu}", "compute: cpu}"))
     devmap("compile", "profile.yaml")
     path = Path("profile.lock.json")
@@ -362,7 +363,7 @@ def test_check_of_a_plan_that_forgets_what_computes_on_the_cpu(profile):
     assert (done.returncode, "computes it on cpu" in " ".join(done.stderr.split())) == (3, True)
 
 
-def test_check_of_a_plan_that_tears_a_group_apart(profile):
+def test_check_refuses_a_plan_that_separates_a_group(profile):
     group = '{match: "{model.norm,lm_head}", keep_together: true}'
     profile.write_text(GOOD.replace("{match: lm_head, device: cpu}", group))
     devmap("compile", "profile.yaml")
@@ -375,7 +376,7 @@ def test_check_of_a_plan_that_tears_a_group_apart(profile):
     assert (done.returncode, "keeps together what is on" in " ".join(done.stderr.split())) == (3, True)
 
 
-def test_check_says_apart_what_is_damaged_newer_or_in_conflict(profile):
+def test_check_distinguishes_damaged_newer_and_conflicting_locks(profile):
     devmap("compile", "profile.yaml")
     path = Path("profile.lock.json")
     good = path.read_text()
@@ -393,8 +394,8 @@ def test_check_says_apart_what_is_damaged_newer_or_in_conflict(profile):
         assert words in " ".join(done.stderr.split())
 
 
-def test_check_does_not_place_again_what_is_locked(profile):
-    """With a lock that holds, placing would be wasted: numpy, which comes with it, is never imported."""
+def test_check_does_not_repeat_the_placement(profile):
+    """A valid lock makes placing unnecessary, so numpy, which placing imports, is never imported."""
     profile.write_text(FASTEST)
     devmap("compile", "profile.yaml")
     code = (
@@ -406,7 +407,7 @@ def test_check_does_not_place_again_what_is_locked(profile):
 
 @pytest.fixture
 def profiles(workspace):
-    """Profiles in folders, each compiled, beside what is none."""
+    """Profiles in folders, each compiled, beside other files."""
     Path("profiles/more").mkdir(parents=True)
     Path("profiles/.hidden").mkdir()
     Path(".git").mkdir()
@@ -425,13 +426,13 @@ def profiles(workspace):
 
 
 @pytest.mark.parametrize("argument", ["profiles", "profiles/"])
-def test_check_of_a_folder_looks_at_the_profiles_in_it_and_below(profiles, argument):
+def test_check_of_a_folder_checks_all_profiles_below_it(profiles, argument):
     done = devmap("check", argument)
     assert (done.returncode, done.stdout) == (0, "8 locks up to date\n"), done.stderr
     assert devmap("check", argument, "profiles/a.yaml").stdout == done.stdout
 
 
-def test_check_expands_what_no_shell_has(profiles):
+def test_check_expands_patterns_that_the_shell_did_not(profiles):
     assert devmap("check", "profiles/[a-c].yaml").stdout == "3 locks up to date\n"
     assert devmap("check", "profiles/**/g.yaml").stdout == "1 lock up to date\n"
     nothing = devmap("check", "profiles/*.yml")
@@ -440,7 +441,7 @@ def test_check_expands_what_no_shell_has(profiles):
     assert devmap("check", "empty").returncode == 2
 
 
-def test_check_of_many_counts_what_became_of_each_in_their_order(profiles):
+def test_check_of_many_profiles_reports_them_in_order_with_counts(profiles):
     Path("profiles/b.yaml").write_text(Path("profiles/b.yaml").read_text().replace("lm_head", "lm_haed"))
     Path("profiles/c.lock.json").unlink()
     Path("profiles/e.yaml").write_text(
@@ -460,7 +461,7 @@ def test_check_of_many_counts_what_became_of_each_in_their_order(profiles):
     assert (alone.stdout, alone.stderr) == (done.stdout, done.stderr)
 
 
-def test_check_looks_at_every_profile_that_is_there(profile):
+def test_check_goes_on_after_a_missing_profile(profile):
     devmap("compile", "profile.yaml")
     Path("bad.yaml").write_text(GOOD.replace("lm_head", "lm_haed"))
     done = devmap("check", "profile.yaml", "nothing.yaml", "bad.yaml", "--format", "json")
@@ -470,14 +471,14 @@ def test_check_looks_at_every_profile_that_is_there(profile):
     assert devmap("check", "profile.yaml", "nothing.yaml").returncode == 2
 
 
-def test_tree_of_a_broken_profile_is_one_object_too(profile):
+def test_tree_of_a_broken_profile_prints_one_json_object(profile):
     profile.write_text("version: [")
     done = devmap("tree", "profile.yaml", "--format", "json")
     assert done.returncode == 1
     assert json.loads(done.stdout)["diagnostics"][0]["code"] == "syntax"
 
 
-def test_the_proposed_command_works_from_where_it_is_typed(profile):
+def test_the_proposed_command_works_in_the_current_directory(profile):
     Path("profiles").mkdir()
     Path("profiles/p.yaml").write_text(
         GOOD.replace("source: llama", "source: ../llama").replace("lm_head", "model.layer.*")
@@ -487,13 +488,13 @@ def test_the_proposed_command_works_from_where_it_is_typed(profile):
     assert finding["help"] == "`devmap tree llama --match 'model.layers.*'`"
 
 
-def test_figures_of_the_catalogue_have_types(workspace):
+def test_numbers_of_the_catalogue_have_types_in_json(workspace):
     card = json.loads(devmap("hardware", "rtx-4090", "--format", "json").stdout)
     assert card["memory_bytes"] == 25757220864
     assert card["supports_bf16"] is True
 
 
-def test_run_of_an_empty_prompt(profile):
+def test_run_of_an_empty_prompt_is_an_error(profile):
     assert devmap("run", "profile.yaml", "--prompt", "").returncode == 2
 
 
@@ -530,7 +531,7 @@ def test_tree_measures_every_block(workspace):
     assert "model.layers.[1-5]" in shown
 
 
-def test_tree_measures_what_the_profile_names(profile):
+def test_tree_measures_the_workload_of_the_profile(profile):
     profile.write_text(GOOD + "workload: {context_length: 32, batch_size: 3}\n")
     assert "batch 3, 32 tokens prefilled" in devmap("tree", "profile.yaml", "--measure").stdout
     assert "batch 3, 16 tokens" in devmap("tree", "profile.yaml", "--measure", "--context", "16").stdout
@@ -546,7 +547,7 @@ placement: {strategy: fastest}
 """
 
 
-def test_explain_tells_the_story_of_a_plan(workspace, monkeypatch):
+def test_explain_of_a_profile_describes_the_plan(workspace, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     Path("profile.yaml").write_text(FASTEST)
     done = devmap("explain", "profile.yaml")
@@ -557,7 +558,7 @@ def test_explain_tells_the_story_of_a_plan(workspace, monkeypatch):
     assert 3 <= len(done.stdout.splitlines()) <= 12
 
 
-def test_explain_says_why_a_module_is_there(profile):
+def test_explain_of_a_module_gives_the_reason_for_its_device(profile):
     by_rule = devmap("explain", "profile.yaml", "lm_head").stdout
     assert "`lm_head` is on cpu, and runs on cuda:0." in by_rule
     assert "`lm_head` (profile.yaml:5) decides: it puts it on cpu." in by_rule
@@ -566,7 +567,7 @@ def test_explain_says_why_a_module_is_there(profile):
     assert "- on cpu, copied to cuda:0 at every forward" in by_strategy
 
 
-def test_explain_as_json(profile):
+def test_explain_prints_json(profile):
     def explained(*arguments):
         return json.loads(CliRunner().invoke(devmap_command, ["explain", *arguments, "--format", "json"]).stdout)
 
@@ -588,7 +589,7 @@ def test_explain_as_json(profile):
     )
 
 
-def test_explain_of_what_is_not_there(profile):
+def test_explain_of_unknown_names_is_an_error(profile):
     done = devmap("explain", "profile.yaml", "model.layer.1")
     assert (done.returncode, "did you mean `model.layers.1`?" in done.stderr) == (2, True)
     assert "`nothing.yaml` does not exist" in devmap("explain", "nothing.yaml").stderr
@@ -606,8 +607,8 @@ placement: {strategy: fastest}
 """
 
 
-def test_keep_moves_no_more_than_it_must(workspace):
-    """The second card lost room for one layer: one layer moves, where a new plan would move two."""
+def test_keep_moves_as_few_layers_as_possible(workspace):
+    """The second card lost room for one layer: one layer moves, while a new plan would move two."""
     cards = '"cuda:[0-1]": {memory: 440KiB, bandwidth: 1TB/s}'
     Path("profile.yaml").write_text(TWO_CARDS)
     devmap("compile", "profile.yaml")
@@ -622,7 +623,7 @@ def test_keep_moves_no_more_than_it_must(workspace):
     assert len(moved[()]) > 1
 
 
-def test_keep_stays_with_the_locked_plan_where_it_is_as_good(workspace):
+def test_keep_returns_the_locked_plan_if_it_is_as_good(workspace):
     Path("profile.yaml").write_text(TWO_CARDS)
     assert devmap("compile", "profile.yaml").returncode == 0
     first = json.loads(Path("profile.lock.json").read_text())["plan"]["device_map"]

@@ -1,7 +1,7 @@
-"""Modules that are stored on the CPU and compute there, in models whose blocks run on an accelerator.
+"""Modules stored on the CPU compute there, in models whose blocks run on an accelerator.
 
-What is computed, and on which device, is shown on a simulated accelerator with real numbers. What only a real one can
-show: the speed, that copies are ordered with what a stream still computes, and the kernels of the card itself.
+A simulated accelerator with real numbers shows what is computed, and on which device. Only a real one can show the
+speed, the order of copies with computations in a stream, and the kernels of the card itself.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from devmap_config.dispatch.cpu_compute import UncallableUnitError, compute_on_c
     ],
 )
 def test_on_a_simulated_accelerator(tests, which, monkeypatch):
-    """In a process of its own: torch cannot forget a device."""
+    """In a process of its own, since torch cannot unregister a device."""
     if tests.startswith("companions"):
         pytest.importorskip("peft")
     monkeypatch.chdir(REPOSITORY)
@@ -51,7 +51,7 @@ def small_llama():
     )
 
 
-def test_attention_that_only_accelerators_have_cannot():
+def test_attention_for_accelerators_only_cannot_compute_on_the_cpu():
     model = small_llama()
     model.config._attn_implementation_internal = "flash_attention_2"
     compute_on_cpu(model, ["model.layers.1.mlp"])
@@ -59,10 +59,10 @@ def test_attention_that_only_accelerators_have_cannot():
         compute_on_cpu(model, ["model.layers.1"])
 
 
-def test_what_the_model_never_calls_cannot():
+def test_a_module_that_is_never_called_cannot_compute_on_the_cpu():
     with pytest.raises(UncallableUnitError, match="is a ModuleList, which the model never calls"):
         compute_on_cpu(small_llama(), ["model.layers"])
 
 
-def test_a_command_that_fails_in_a_process_of_its_own_is_seen_to():
+def test_the_exit_code_of_a_process_is_returned():
     assert run_command("pytest", "--no-such-option").returncode == 4

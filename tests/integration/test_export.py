@@ -1,4 +1,6 @@
-"""What is exported loads without this package, and what another program cannot do is refused where it is asked for."""
+"""Exported files load in plain transformers and llama.cpp without this package; plans that a program cannot run are
+refused.
+"""
 
 from __future__ import annotations
 
@@ -60,7 +62,7 @@ print(json.dumps([model.hf_device_map, on, logits[0, -1].float().tolist()]))
 """
 
 
-def test_plain_transformers_loads_what_is_exported(weights):
+def test_plain_transformers_loads_the_exported_script(weights):
     profile = compiled(PROFILE)
     done = run("export", profile, "--to", "transformers", "-o", "exported")
     assert done.return_value == 0, done.stderr
@@ -79,7 +81,7 @@ def test_plain_transformers_loads_what_is_exported(weights):
     assert Path("offload").is_dir()  # the profile's folder, as it is seen from the exported file
 
 
-def test_numbers_without_end_are_python(workspace):
+def test_infinite_numbers_are_exported_as_python(workspace):
     quantization = "{method: bitsandbytes, load_in_8bit: true, llm_int8_threshold: .inf, llm_int8_skip_modules: [a, b]}"
     profile = compiled(
         f"version: 1\nmodel: {{source: llama, quantization: {quantization}}}\n"
@@ -92,7 +94,7 @@ def test_numbers_without_end_are_python(workspace):
     assert (written["quant_method"], written["llm_int8_skip_modules"]) == ("bitsandbytes", ["a", "b"])
 
 
-def test_a_plan_that_computes_on_the_cpu_is_refused_at_its_pin(workspace):
+def test_exporting_a_plan_that_computes_on_the_cpu_is_refused_at_its_pin(workspace):
     profile = compiled(
         "version: 1\nmodel: {source: mixture}\n"
         "hardware: {devices: {cuda:0: {memory: 1GiB}, cpu: {memory: 1GiB}}}\n"
@@ -104,7 +106,7 @@ def test_a_plan_that_computes_on_the_cpu_is_refused_at_its_pin(workspace):
     assert not Path("exported").exists()
 
 
-def test_there_must_be_weights_and_nothing_is_replaced_unasked(workspace):
+def test_export_needs_weights_and_replaces_changed_files_only_with_force(workspace):
     profile = compiled("version: 1\nmodel: {source: llama}\nhardware: {devices: {cuda:0: {memory: 1GiB}}}\n")
     done = run("export", profile, "--to", "transformers", "-o", "exported")
     assert (done.return_value, "error[no-weights]" in done.stderr) == (1, True)
@@ -122,7 +124,7 @@ def test_there_must_be_weights_and_nothing_is_replaced_unasked(workspace):
     assert json.loads(Path("exported/device_map.json").read_text()) == {"": 0}
 
 
-def test_a_lock_that_does_not_hold_is_not_exported(weights):
+def test_an_invalid_lock_is_not_exported(weights):
     profile = compiled(PROFILE)
     Path(profile).write_text(PROFILE.replace("[0-2]", "[0-3]"))
     done = run("export", profile, "--to", "transformers", "-o", "exported")
@@ -146,7 +148,7 @@ targets: [vllm]
 """
 
 
-def test_a_plan_for_vllm_is_files_for_every_host(workspace):
+def test_a_plan_for_vllm_is_exported_as_files_for_every_host(workspace):
     profile = compiled(HOSTS)
     done = run("export", profile, "--to", "vllm", "-o", "exported", "--model", "/models/llama")
     assert done.return_value == 0, done.stderr
@@ -171,7 +173,7 @@ def test_a_plan_for_vllm_is_files_for_every_host(workspace):
         ("{source: llama}", "{source: llama, dtype: float64}", 3, "vLLM has no float64"),
     ],
 )
-def test_what_vllm_is_not_told_is_asked_for(workspace, before, after, line, message):
+def test_a_profile_without_what_vllm_needs_is_refused(workspace, before, after, line, message):
     text = HOSTS.replace(before, after)
     if before.startswith("targets"):
         text = text.partition("hardware:")[0] + "hardware: {devices: {cuda:0: {memory: 4GiB}}}\n"
@@ -183,13 +185,13 @@ def test_what_vllm_is_not_told_is_asked_for(workspace, before, after, line, mess
     assert found["line"] == (1 if line == 5 else line)
 
 
-def test_two_spellings_of_an_address_are_one(workspace):
+def test_hosts_with_two_spellings_of_one_address_are_refused(workspace):
     profile = compiled(HOSTS.replace("10.0.0.1", '"::1"').replace("10.0.0.2", '"0:0:0:0:0:0:0:1"'))
     done = run("export", profile, "--to", "vllm", "-o", "exported", "--model", "x/y")
     assert (done.return_value, "error[unfit-export]: `right` has the address of `left`" in done.stderr) == (1, True)
 
 
-def test_hosts_are_told_a_path_that_is_one_wherever_they_start(workspace):
+def test_exported_files_hold_absolute_paths_of_models(workspace):
     profile = compiled(HOSTS)
     Path("rel").mkdir()
     Path("-rel").mkdir()
@@ -205,7 +207,7 @@ def test_hosts_are_told_a_path_that_is_one_wherever_they_start(workspace):
     assert not Path("refused").exists()
 
 
-def test_a_path_that_is_not_utf_8_is_refused_where_a_file_would_hold_it(workspace):
+def test_a_path_that_is_not_utf_8_is_refused_if_the_exported_file_cannot_hold_it(workspace):
     of_hosts = compiled(HOSTS, "hosts")
     of_one = compiled("version: 1\nmodel: {source: llama}\nhardware: {devices: {cuda:0: {memory: 4GiB}}}\n")
     for profile, program in ((of_hosts, "vllm"), (of_one, "llama.cpp")):
@@ -220,7 +222,7 @@ def test_a_path_that_is_not_utf_8_is_refused_where_a_file_would_hold_it(workspac
     assert done.return_value == 0, done.stderr  # Python has a way to write it
 
 
-def test_a_python_without_vllm_checks_nothing(workspace):
+def test_export_check_with_a_python_without_vllm_is_an_error(workspace):
     profile = compiled(HOSTS)
     done = run("export", profile, "--to", "vllm", "-o", "exported", "--model", "x/y", "--check", sys.executable)
     assert (done.return_value, "No module named 'vllm'" in " ".join(done.stderr.split())) == (1, True)
@@ -244,7 +246,7 @@ placement:
 
 
 def flags_of(*arguments):
-    """What a script that is exported gives a program."""
+    """Return the flags that an exported script passes to a program."""
     done = run("export", *arguments, "--to", "llama.cpp", "-o", "exported", "--model", "it's a model.gguf", "--force")
     assert done.return_value == 0, done.stderr
     Path("program").write_text("#!/bin/sh\nprintf '%s\\n' \"$@\"\n")
@@ -254,7 +256,7 @@ def flags_of(*arguments):
     return subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout.splitlines()
 
 
-def test_llama_cpp_is_told_which_tensors_are_where(workspace):
+def test_llama_cpp_flags_give_the_device_of_every_tensor(workspace):
     profile = compiled(MIXED)
     flags = flags_of(profile)
     assert flags == [
@@ -265,7 +267,7 @@ def test_llama_cpp_is_told_which_tensors_are_where(workspace):
     ]
 
 
-def test_experts_of_the_first_layers_have_a_flag_of_their_own(workspace):
+def test_experts_of_the_first_layers_on_the_cpu_use_llama_cpps_own_flag(workspace):
     profile = compiled(
         "version: 1\nmodel: {source: mixture}\nhardware: {devices: {cuda:0: {memory: 1GiB}, cpu: {memory: 1GiB}}}\n"
         'placement: {pins: [{match: "model.layers.[0-2].mlp.experts", device: cpu, compute: cpu}]}\n'
@@ -286,7 +288,7 @@ def test_experts_of_the_first_layers_have_a_flag_of_their_own(workspace):
         ("unmeasurable", "match: layers, device: cuda:0", "how llama.cpp names the tensors of vit is not known here"),
     ],
 )
-def test_what_llama_cpp_cannot_do_is_refused(workspace, model, pin, message):
+def test_plans_that_llama_cpp_cannot_run_are_refused(workspace, model, pin, message):
     profile = compiled(
         f"version: 1\nmodel: {{source: {model}}}\n"
         'hardware: {devices: {"cuda:[0-1]": {memory: 1GiB}, cpu: {memory: 1GiB}}}\n'
@@ -300,7 +302,7 @@ def test_what_llama_cpp_cannot_do_is_refused(workspace, model, pin, message):
 
 
 @pytest.mark.parametrize("cache", ["static", "offloaded", "{implementation: quantized, backend: fp8}"])
-def test_llama_cpp_has_the_cache_where_the_plan_has_it(workspace, cache):
+def test_llama_cpp_flags_place_the_cache_as_planned(workspace, cache):
     profile = compiled(
         f"version: 1\nmodel: {{source: llama}}\nworkload: {{context_length: 64, cache: {cache}}}\n"
         "hardware: {devices: {cuda:0: {memory: 1GiB}, cpu: {memory: 1GiB}}}\n"

@@ -1,4 +1,6 @@
-"""The files that are exported for vLLM, run with a program in the engine's place; `make test-vllm` runs the engine."""
+"""The files exported for vLLM start, coordinate and stop hosts; a stub program replaces the engine (`make test-vllm`
+runs it).
+"""
 
 from __future__ import annotations
 
@@ -79,7 +81,7 @@ def free_port():
 
 @pytest.fixture
 def engine(tmp_path):
-    """A program that notes what it is given, and sleeps."""
+    """A program that records its arguments and sleeps."""
     path = tmp_path / "engine"
     path.write_text(ENGINE.format(python=sys.executable))
     path.chmod(0o755)
@@ -87,7 +89,7 @@ def engine(tmp_path):
 
 
 def exported(folder, made, model=MODEL, **changed):
-    """The files, with ports that are free and little patience."""
+    """The exported files, with free ports and short timeouts."""
     folder.mkdir()
     for name, text in files_for(made, model).items():
         (folder / name).write_text(text)
@@ -105,7 +107,7 @@ def start(folder, node, engine, *flags, plan="plan.env"):
 
 
 def given(engine, count):
-    """What the engine was given, by the number of the node, once so many were started."""
+    """Return the engine's arguments by the number of the node, once this many were started."""
     for _ in range(200):
         notes = [path for path in engine.parent.glob("engine.*") if path.stat().st_size]
         if len(notes) == count:
@@ -176,8 +178,8 @@ def test_hosts_with_different_plans_do_not_start(tmp_path, engine):
     assert not list(tmp_path.glob("engine.*"))
 
 
-def test_what_is_no_host_is_passed_over(tmp_path, engine):
-    """Whatever comes to the port, of the types that JSON has and of none."""
+def test_messages_that_come_from_no_host_are_ignored(tmp_path, engine):
+    """Any JSON type can arrive at the port, and bytes that are no JSON."""
     folder = exported(tmp_path / "out", pipeline())
     port = int(re.search(r"^JOIN_PORT=(\d+)$", (folder / "plan.env").read_text(), re.MULTILINE)[1])
     own = {"plan": "0" * 64, "vllm": "unknown", "node": 1, "nodes": 2}
@@ -216,7 +218,7 @@ def reached(port):
     raise AssertionError("nothing listens")
 
 
-def test_a_host_that_does_not_come_is_not_waited_for_for_ever(tmp_path, engine):
+def test_waiting_for_a_missing_host_ends(tmp_path, engine):
     folder = exported(tmp_path / "out", pipeline(), JOIN_SECONDS=2)
     code, said = ended(start(folder, 0, engine))
     assert (code, "after 2 s there is no word of node 1" in said) == (1, True)
@@ -224,7 +226,7 @@ def test_a_host_that_does_not_come_is_not_waited_for_for_ever(tmp_path, engine):
     assert (code, "there is no word of node 0 at 127.0.0.1" in said) == (1, True)
 
 
-def test_one_host_needs_nobody_and_stops_when_it_is_told(tmp_path, engine):
+def test_a_single_host_starts_alone_and_stops_on_a_signal(tmp_path, engine):
     folder = exported(tmp_path / "out", pipeline(hosts=1, kind="cpu", ranks=2))
     process = start(folder, 0, engine)
     pid, arguments, environment = given(engine, 1)[False]
@@ -244,7 +246,7 @@ def test_one_host_needs_nobody_and_stops_when_it_is_told(tmp_path, engine):
     assert not is_running(pid)
 
 
-def test_every_flag_and_variable_is_one_of_the_table(tmp_path):
+def test_every_exported_flag_and_variable_is_in_the_table(tmp_path):
     files = files_for(pipeline(), MODEL)
     used = set(re.findall(r"--[a-z][a-z-]+", files["serve.sh"].partition("mode=serve")[2])) - {"--print", "--health"}
     used |= set(re.findall(r"\b(?:VLLM_[A-Z_]+|[GN][LC]\w+_SOCKET_IFNAME)\b", files["serve.sh"]))
@@ -257,7 +259,7 @@ SEEN_AND_NOT = "😀 é \u202e \u2028 \x85 \x7f \t \ufeff \U000e0001"
 HOSTILE = "it's $(touch ran) `touch ran` \"; touch ran; \\ \n#${HOME} {x}"
 
 
-def test_names_are_words_and_nothing_else(tmp_path, monkeypatch):
+def test_names_with_special_characters_are_quoted(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     model = ServedModel(source=f"/{HOSTILE}", name=HOSTILE)
     folder = exported(tmp_path / "out", pipeline(), model)
@@ -272,7 +274,7 @@ def test_names_are_words_and_nothing_else(tmp_path, monkeypatch):
     assert service["entrypoint"][-1] == "/devmap/node.0.env"
 
 
-def test_files_may_be_called_like_options(tmp_path):
+def test_exported_files_can_have_names_like_options(tmp_path):
     folder = exported(tmp_path / "out", pipeline())
     for name, other in (("plan.env", "--"), ("node.0.env", "-n")):
         (folder / name).rename(folder / other)
@@ -281,7 +283,7 @@ def test_files_may_be_called_like_options(tmp_path):
     assert printed.startswith("/models/tiny\n--served-model-name=tiny\n")
 
 
-def test_an_address_of_ipv6_has_brackets_in_a_url():
+def test_ipv6_addresses_have_brackets_in_urls():
     made = pipeline()
     hosts = tuple(replace(host, address=f"::{number + 1}") for number, host in enumerate(made.hosts))
     files = files_for(replace(made, hosts=hosts), MODEL)
@@ -289,15 +291,15 @@ def test_an_address_of_ipv6_has_brackets_in_a_url():
     assert "MASTER_ADDR=::1\n" in files["plan.env"]
 
 
-def test_compose_files_have_every_character(tmp_path):
+def test_compose_files_preserve_every_character(tmp_path):
     text = files_for(pipeline(), ServedModel(source=f"/{SEEN_AND_NOT}", name="tiny"))["compose.0.yaml"]
     assert "😀" in text
     assert not re.search("[\u202e\u2028\x85\x7f\t\ufeff]", text)
     assert yaml.safe_load(text)["services"]["vllm"]["volumes"][1]["source"] == f"/{SEEN_AND_NOT}"
 
 
-def test_compose_files_keep_to_the_specification(tmp_path):
-    """The published schema of the Compose Specification, as `check-jsonschema` brings it."""
+def test_compose_files_match_the_published_schema(tmp_path):
+    """The schema of the Compose Specification, as `check-jsonschema` ships it."""
     model = ServedModel(source="org/model", name=HOSTILE)
     folders = [exported(tmp_path / kind, pipeline(kind=kind), model) for kind in ("cuda", "cpu")]
     files = [path for folder in folders for path in folder.glob("compose.*.yaml")]
@@ -310,7 +312,7 @@ def test_compose_files_keep_to_the_specification(tmp_path):
 
 
 @pytest.mark.skipif(which("systemd-analyze") is None, reason="systemd is not on this machine")
-def test_systemd_knows_every_key_of_the_unit(tmp_path):
+def test_systemd_accepts_every_key_of_the_unit(tmp_path):
     folder = exported(tmp_path / "out", pipeline())
     text = (folder / "vllm@.service").read_text()
     (folder / "wrong@.service").write_text(text.replace("KillMode", "KilMode"))
@@ -337,7 +339,7 @@ class Completions(BaseHTTPRequestHandler):
         pass
 
 
-def test_health_is_an_answer(tmp_path):
+def test_the_health_check_needs_an_answer(tmp_path):
     with HTTPServer(("127.0.0.1", 0), Completions) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         folder = exported(tmp_path / "out", pipeline(), API_PORT=server.server_port)

@@ -1,4 +1,4 @@
-"""What the machine does not do: streams and disks that take nothing, memory that ends, processes that are killed."""
+"""Failures of the machine give one line and lose no data: closed streams, full disks, no memory, killed processes."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ CLOSED = "Error: what was found cannot be written: Bad file descriptor\n"
         ("compile p.yaml <&- >&- 2>&-", USAGE, ""),
     ],
 )
-def test_a_stream_that_takes_nothing_is_one_line_and_no_lock_is_lost(repository, command, exit_code, said):
+def test_an_unwritable_stream_gives_one_line_and_keeps_the_lock(repository, command, exit_code, said):
     before = Path("p.lock.json").read_bytes()
     script = f'"$@" {command}'
     done = subprocess.run(["bash", "-c", script, "bash", *DEVMAP], capture_output=True, text=True, check=False)
@@ -71,7 +71,7 @@ def test_a_stream_that_takes_nothing_is_one_line_and_no_lock_is_lost(repository,
     assert Path("p.lock.json").read_bytes() == before
 
 
-def test_a_reader_that_goes_away_is_no_message_and_keeps_no_lock_from_being_written(repository):
+def test_a_closed_pipe_gives_no_message_and_the_lock_is_written(repository):
     Path("p.lock.json").unlink()
     script = 'set -o pipefail; "$@" compile p.yaml | true'
     done = subprocess.run(["bash", "-c", script, "bash", *DEVMAP], capture_output=True, text=True, check=False)
@@ -79,7 +79,7 @@ def test_a_reader_that_goes_away_is_no_message_and_keeps_no_lock_from_being_writ
     assert devmap("check", "-q", "p.yaml") == DONE
 
 
-def test_what_is_typed_need_not_be_utf_8(repository, capsys, monkeypatch):
+def test_input_that_is_not_utf_8_is_reported_or_escaped(repository, capsys, monkeypatch):
     assert devmap("run", "p.yaml", "--prompt", "caf\udce9") == USAGE
     assert "Error: the prompt is not UTF-8: `caf\\xe9`\n" in capsys.readouterr().err
     typed = io.TextIOWrapper(io.BytesIO(b"caf\xe9\n"), encoding="utf-8")
@@ -93,7 +93,7 @@ def test_what_is_typed_need_not_be_utf_8(repository, capsys, monkeypatch):
 
 @pytest.fixture
 def small_files():
-    """No file may grow beyond some bytes, as on a disk that is full."""
+    """Limit the size of files, as on a full disk."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (64, before[1]))
@@ -114,7 +114,7 @@ WRITING = {
 
 
 @pytest.mark.parametrize("command", WRITING)
-def test_a_full_disk_is_one_line_and_what_was_there_stays(repository, capsys, request, command):
+def test_a_full_disk_gives_one_line_and_keeps_existing_files(repository, capsys, request, command):
     Path("new.yaml").write_text("old")
     Path("map.json").write_text('{"": 0}')
     before = {path: path.read_bytes() for path in sorted(repository.iterdir()) if path.is_file()}
@@ -130,7 +130,7 @@ def test_a_full_disk_is_one_line_and_what_was_there_stays(repository, capsys, re
 
 
 @pytest.mark.parametrize("home", [None, "/proc/1/none", "/dev/null"])
-def test_no_place_for_a_cache_is_no_reason_to_fail(repository, monkeypatch, capsys, home):
+def test_commands_work_without_a_cache_directory(repository, monkeypatch, capsys, home):
     for name in ("HOME", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name)
         if home is not None:
@@ -140,7 +140,7 @@ def test_no_place_for_a_cache_is_no_reason_to_fail(repository, monkeypatch, caps
     assert capsys.readouterr() == ("1 lock up to date\n", "")
 
 
-def test_memory_that_ends_is_one_line(repository, monkeypatch, capsys):
+def test_running_out_of_memory_gives_one_line(repository, monkeypatch, capsys):
     def exhausted(*_):
         raise MemoryError
 
@@ -163,7 +163,7 @@ TOKENS = torch.tensor([[1, 5, 9, 200, 31, 77]])
 
 @pytest.fixture(scope="module")
 def compiled_experts(tmp_path_factory):
-    """A checkpoint of single experts, which loading merges and writes to the offload folder; and its logits."""
+    """A checkpoint of single experts, which loading merges and writes to the offload folder, and its logits."""
     folder = tmp_path_factory.mktemp("experts")
     torch.manual_seed(0)
     model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**{**MIXTURE, "num_hidden_layers": 3, "dtype": "float32"})).eval()
@@ -178,7 +178,7 @@ def compiled_experts(tmp_path_factory):
 
 @pytest.fixture
 def experts(compiled_experts, monkeypatch):
-    """Its logits; its folder is the working directory, and nothing is offloaded there yet."""
+    """The checkpoint's logits; its folder is the working directory, and nothing is offloaded there yet."""
     folder, logits = compiled_experts
     monkeypatch.chdir(folder)
     shutil.rmtree("offload", ignore_errors=True)
@@ -230,7 +230,7 @@ def run_until(moment, ending):
 
 
 @pytest.mark.parametrize(("how", "moment"), [*((how, 2) for how in ENDINGS), ("kill -9", 1), ("kill -9", 6)])
-def test_what_a_load_that_ended_left_behind_is_not_believed(experts, how, moment):
+def test_files_of_an_interrupted_load_are_not_used(experts, how, moment):
     ending, exit_code = ENDINGS[how]
     assert run_until(moment, ending) == exit_code
     left = sorted(Path("offload").iterdir(), key=lambda path: path.stat().st_mtime_ns)
@@ -243,7 +243,7 @@ def test_what_a_load_that_ended_left_behind_is_not_believed(experts, how, moment
 
 
 @pytest.mark.usefixtures("experts")
-def test_an_offload_folder_is_one_process_s_as_long_as_its_model_is_there():
+def test_an_offload_folder_is_locked_by_one_process_while_its_model_lives():
     ours, theirs = socket.socketpair()
     child = os.fork()
     if not child:
@@ -272,7 +272,7 @@ def test_an_offload_folder_is_one_process_s_as_long_as_its_model_is_there():
     assert devmap("run", "p.yaml", "--no-generate", "--no-probe") == DONE  # nothing is left behind
 
 
-def test_nothing_in_an_offload_folder_is_taken_for_weights_or_written_through(experts, tmp_path):
+def test_foreign_files_and_links_in_an_offload_folder_are_not_used(experts, tmp_path):
     Path("offload").mkdir()
     Path("offload/index.json").write_text("{}")  # what accelerate reads where it is told nothing
     with torch.no_grad():

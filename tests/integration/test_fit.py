@@ -1,4 +1,4 @@
-"""`devmap fit`: one profile on several machines."""
+"""`devmap fit` compares the plans of one profile on several machines."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ hardware:
 
 
 def fit(*machines, profile="profile.yaml"):
-    """The rows that the command gives as JSON, and its exit code."""
+    """Return the rows that the command prints as JSON, and its exit code."""
     named = [argument for machine in machines for argument in ("--on", machine)]
     done = CliRunner().invoke(devmap, ["fit", profile, *named, "--format", "json"], standalone_mode=False)
     return json.loads(done.stdout)["machines"], done.return_value
@@ -50,7 +50,7 @@ def profile(workspace):
     return Path("profile.yaml")
 
 
-def test_says_what_each_machine_would_do():
+def test_fit_gives_a_row_for_each_machine():
     Path("tiny.yaml").write_text("hardware: {devices: {cuda:0: {memory: 200KiB, bandwidth: 1TB/s}}}\n")
     rows, code = fit("h100-sxm,2xt4,tiny.yaml")
     assert [row["machine"] for row in rows] == ["h100-sxm", "2xt4", "tiny.yaml"]
@@ -61,7 +61,7 @@ def test_says_what_each_machine_would_do():
     assert code == 0
 
 
-def test_says_on_what_its_times_rest():
+def test_fit_states_the_basis_of_its_times():
     measured = re.sub(r"[TG]B/s|TFLOP/s", r"\g<0> measured", SMALL_BOX) + "  host: {dispatch: 4us measured}\n"
     Path("measured.yaml").write_text(measured)
     assert "these times rest on stated rates" in shown("h100-sxm")
@@ -73,7 +73,7 @@ def test_says_on_what_its_times_rest():
     assert row["basis"]["decode"]["rates"] == "stated"
 
 
-def test_the_context_at_full_speed_and_the_longest_with_its_speed():
+def test_fit_gives_the_context_at_full_speed_and_the_longest_with_its_speed():
     [row], _ = fit("box.yaml")
     assert (row["strategy"], row["longest_context"]["strategy"]) == ("fastest", "longest-context")
     fastest, longest = row["prediction"], row["longest_context"]["prediction"]
@@ -85,26 +85,26 @@ def test_the_context_at_full_speed_and_the_longest_with_its_speed():
     assert f"{longest['longest_context']:,}" in lines[3]
 
 
-def test_one_line_where_one_plan_is_best_at_both():
+def test_fit_prints_one_line_if_one_plan_is_fastest_and_longest():
     lines = shown("h100-sxm").splitlines()
     assert len(lines) == 4
     assert lines[2].split()[:2] == ["h100-sxm", "both"]
 
 
-def test_the_plan_for_the_context_is_shown_if_its_context_is_longer():
+def test_fit_shows_the_plan_for_the_longest_context_if_it_is_longer():
     found = [SimpleNamespace(plan=SimpleNamespace(prediction=Prediction(longest_context=length))) for length in (9, 8)]
     assert Row("box", fastest=found[0], longest=found[1]).plans == {"both": found[0]}
     assert list(Row("box", fastest=found[1], longest=found[0]).plans) == ["speed", "context"]
 
 
-def test_the_strategy_of_the_profile_does_not_count(profile):
+def test_fit_ignores_the_strategy_of_the_profile(profile):
     rows = fit("box.yaml")
     for strategy in ("longest-context", "sequential", "fewest-devices"):
         profile.write_text(PROFILE.replace("fastest", strategy))
         assert fit("box.yaml") == rows
 
 
-def test_a_machine_that_does_not_say_how_fast_it_is_is_not_too_small():
+def test_a_machine_without_rates_is_not_reported_as_too_small():
     [row], code = fit("2x24GiB")
     assert (row["fits"], row["strategy"], code) == (True, "fewest-devices", 0)
     for plan in (row, row["longest_context"]):
@@ -113,14 +113,14 @@ def test_a_machine_that_does_not_say_how_fast_it_is_is_not_too_small():
     assert "?" in shown("2x24GiB")
 
 
-def test_without_a_workload_no_context_is_known(profile):
+def test_fit_without_a_workload_gives_no_context(profile):
     profile.write_text(PROFILE.replace("workload: {context_length: 64}\n", ""))
     [row], code = fit("2x24GiB")
     assert (row["fits"], row["longest_context"], code) == (True, None, 0)
     assert "the profile names no workload" in shown("2x24GiB")
 
 
-def test_a_disk_that_only_the_machine_has_needs_no_folder():
+def test_fit_on_a_machine_with_a_disk_needs_no_offload_folder():
     devices = (
         "cuda:0: {memory: 250KiB, bandwidth: 1TB/s}, cpu: {memory: 250KiB}, disk: {memory: 1GiB, bandwidth: 1GB/s}"
     )
@@ -134,7 +134,7 @@ STRATEGIES = ("sequential", "single", "fastest", "longest-context", "fewest-devi
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_a_disk_alone_computes_nothing(strategy, profile):
+def test_a_machine_with_only_a_disk_is_refused(strategy, profile):
     disk = "disk: {memory: 1TiB, bandwidth: 6GB/s}"
     offload = "{" + f"strategy: {strategy}, offload: {{folder: ./offload}}" + "}"
     profile.write_text(PROFILE.replace("cuda:0: rtx-4090", disk).replace("{strategy: fastest}", offload))
@@ -146,7 +146,7 @@ def test_a_disk_alone_computes_nothing(strategy, profile):
     assert (row["fits"], row["reason"], code) == (False, "cpu is not a device of the profile", 1)
 
 
-def test_a_machine_in_a_file_is_what_a_profile_would_make_of_it(profile):
+def test_fit_on_a_machine_file_equals_a_profile_with_this_machine(profile):
     profile.write_text(PROFILE.replace("hardware: {devices: {cuda:0: rtx-4090}}\n", SMALL_BOX))
     [row], _ = fit("box.yaml")
     compiled = CliRunner().invoke(
@@ -155,7 +155,7 @@ def test_a_machine_in_a_file_is_what_a_profile_would_make_of_it(profile):
     assert json.loads(compiled.stdout)["plan"]["devices"] == row["devices"]
 
 
-def test_a_machine_of_several_files_and_ranges():
+def test_fit_reads_machine_files_that_extend_others_and_have_ranges():
     Path("base.yaml").write_text('hardware: {devices: {"cuda:[0-3]": rtx-4090}}\n')
     Path("more.yaml").write_text("extends: [base.yaml]\nhardware: {devices: {cuda:1: null, cpu: {memory: 8GiB}}}\n")
     [row], _ = fit("more.yaml")
@@ -176,7 +176,7 @@ def test_a_machine_of_several_files_and_ranges():
         ("wrong.yaml", "did you mean `memory`?"),
     ],
 )
-def test_what_is_no_machine(machine, said):
+def test_an_invalid_machine_is_an_error(machine, said):
     Path("wrong.yaml").write_text("hardware: {devices: {cuda:0: {memry: 1GiB}}}\n")
     done = CliRunner().invoke(devmap, ["fit", "profile.yaml", "--on", machine], standalone_mode=False)
     message = done.exception.format_message() if done.exception else done.stderr
@@ -184,7 +184,7 @@ def test_what_is_no_machine(machine, said):
     assert done.return_value in (2, None)
 
 
-def test_a_mistake_of_the_profile_is_none_of_the_machine(profile):
+def test_an_error_of_the_profile_is_not_attributed_to_the_machine(profile):
     profile.write_text(PROFILE.replace("fastest}", "fastest, pins: [{match: lm_haed, device: cuda:0}]}"))
     rows, code = fit("h100-sxm,l4")
     assert (rows, code) == (None, 1)
@@ -207,7 +207,7 @@ hardware:
 
 
 def plan_of(text):
-    """What compiling a profile plans."""
+    """Return the plan that a profile compiles to."""
     Path("other.yaml").write_text(text)
     done = CliRunner().invoke(
         devmap, ["compile", "other.yaml", "--no-simulate", "--dry-run", "--format", "json"], standalone_mode=False
@@ -215,7 +215,7 @@ def plan_of(text):
     return json.loads(done.stdout)["plan"]
 
 
-def test_equal_cards_that_may_share_each_layer_suit_vllm(profile):
+def test_fit_suggests_vllm_for_equal_cards_that_can_split_layers(profile):
     Path("cards.yaml").write_text(CARDS.replace("PEER", "25GB/s"))
     [row], _ = fit("cards.yaml")
     other = row["other_engine"]
@@ -235,13 +235,13 @@ def test_equal_cards_that_may_share_each_layer_suit_vllm(profile):
     assert (row["fits"], row["other_engine"]) == (True, None)
 
 
-def test_one_card_that_holds_all_suits_no_other_engine():
+def test_fit_suggests_no_other_engine_if_one_card_holds_the_model():
     rows, _ = fit("h100-sxm,2x24GiB")
     assert [row["other_engine"] for row in rows] == [None, None]
     assert "suits" not in shown("h100-sxm,2x24GiB")
 
 
-def test_hosts_are_none_of_transformers():
+def test_fit_suggests_vllm_for_several_hosts():
     Path("hosts.yaml").write_text(
         "hardware: {hosts: {a: {devices: {cuda:0: rtx-4090}, network: 1GB/s}, b: {devices: {cuda:0: rtx-4090}}}}\n"
     )
@@ -250,7 +250,7 @@ def test_hosts_are_none_of_transformers():
     assert "stages of 3 + 3 layers" in row["other_engine"]["reason"]
 
 
-def test_what_vllm_has_no_room_for_transformers_may_keep_on_the_cpu(profile):
+def test_fit_suggests_transformers_with_offloading_if_vllm_has_no_room(profile):
     profile.write_text(
         PROFILE.replace("64}", "64, concurrency: 2}").replace("placement: {strategy: fastest}", "targets: [vllm]")
     )
@@ -265,7 +265,7 @@ def test_what_vllm_has_no_room_for_transformers_may_keep_on_the_cpu(profile):
     assert "are copied to cuda:0 at every forward" in other["reason"]
 
 
-def test_experts_that_the_cpu_computes_suit_llama_cpp(profile):
+def test_fit_suggests_llama_cpp_for_experts_computed_on_the_cpu(profile):
     profile.write_text(PROFILE.replace("llama", "mixture"))
     Path("box.yaml").write_text(PART_ON_CPU)
     [row], _ = fit("box.yaml")

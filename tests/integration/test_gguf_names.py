@@ -1,4 +1,4 @@
-"""Every tensor of the architectures in the table has a name in a GGUF; the engine's own names are in tests/engines."""
+"""Every tensor of the architectures in the table has a GGUF name; tests/engines compares them with the engine's own."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TYPES = {
 
 
 @pytest.mark.parametrize("model_type", TYPES)
-def test_every_tensor_has_a_name(model_type, tmp_path, monkeypatch):
+def test_every_tensor_has_a_gguf_name(model_type, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     config = {**LLAMA, "architectures": [TYPES[model_type]], "model_type": model_type, "pad_token_id": 0}
     (tmp_path / "config.json").write_text(json.dumps(config))

@@ -1,4 +1,4 @@
-"""What the system sees a process hold is what its plan says: of its own, of pages of files, and at most."""
+"""The memory that the system reports for a process is what its plan predicts: its own, pages of files, and the peak."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def predicted(name, source, dtype):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the system does not say what is of files")
-def test_a_process_holds_what_its_plan_says(tmp_path, monkeypatch):
+def test_process_memory_is_as_predicted(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     save("small", {})
     save("large", LARGE)

@@ -1,4 +1,4 @@
-"""Whatever is used of a library without a promise may be gone: every command then says so, or does without it."""
+"""If any private part of a library is missing, every command reports it or works without it."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def checkpoint(folder):
 
 @pytest.fixture
 def own_modules():
-    """Our modules as they are now, afterwards: what is imported while a name is gone is of this test alone."""
+    """Restore our modules afterwards, since those imported while a name is missing must not reach other tests."""
     before = {name: module for name, module in sys.modules.items() if name.partition(".")[0] == "devmap_config"}
     yield
     for name in [name for name in sys.modules if name.partition(".")[0] == "devmap_config"]:
@@ -78,7 +78,7 @@ def own_modules():
 
 @pytest.fixture
 def hide(own_modules, monkeypatch):
-    """Let a name of a library be gone from here on."""
+    """Make a name of a library missing from now on."""
 
     def hidden(name):
         find, of = Private.find, Private.of
@@ -95,7 +95,7 @@ def hide(own_modules, monkeypatch):
 
 @pytest.fixture
 def devmap(monkeypatch, capsys):
-    """Run the command; the exit code, and what it printed with single spaces."""
+    """Run a command; return the exit code and the output with single spaces."""
 
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["devmap", *arguments])
@@ -109,7 +109,7 @@ def devmap(monkeypatch, capsys):
 
 @pytest.mark.zoo
 @pytest.mark.parametrize("name", EVERY)
-def test_a_name_that_is_gone_is_said_or_not_missed(name, checkpoint, folder, hide, devmap, monkeypatch):
+def test_a_missing_private_name_is_reported_or_not_needed(name, checkpoint, folder, hide, devmap, monkeypatch):
     assert devmap("compile", "llama.yaml")[0] == 0
     lock = Path("llama.lock.json").read_text()
     hide(name)
@@ -135,7 +135,7 @@ def test_a_name_that_is_gone_is_said_or_not_missed(name, checkpoint, folder, hid
 
 
 @pytest.mark.parametrize("name", ["torch.utils.flop_counter.flop_registry", "torch.utils._pytree.tree_leaves"])
-def test_what_measuring_rests_on_is_not_needed_to_read_a_model(name, folder, hide, devmap):
+def test_names_needed_to_measure_are_not_needed_to_read_a_model(name, folder, hide, devmap):
     write("llama", LLAMA)
     hide(name)
     code, said = devmap("compile", "llama.yaml")
@@ -144,7 +144,7 @@ def test_what_measuring_rests_on_is_not_needed_to_read_a_model(name, folder, hid
     assert (code, "warning[library-changed]" in said) == (0, True)
 
 
-def test_what_is_merged_while_loading_concerns_models_of_experts(folder, hide, devmap):
+def test_a_missing_conversion_mapping_is_an_error_for_models_of_experts_only(folder, hide, devmap):
     write("llama", LLAMA)
     write("mixture", MIXTURE)
     hide(CONVERSIONS)
@@ -156,7 +156,7 @@ def test_what_is_merged_while_loading_concerns_models_of_experts(folder, hide, d
     assert (code, "warning[library-changed]" in said, "pass `--allow-unmeasured`" in said) == (0, True, False)
 
 
-def test_what_was_read_without_it_is_not_remembered(folder, hide, devmap, monkeypatch):
+def test_graphs_made_with_a_missing_name_are_not_cached(folder, hide, devmap, monkeypatch):
     write("mixture", MIXTURE)
     with monkeypatch.context() as context:
         find = Private.find
@@ -169,7 +169,7 @@ def test_what_was_read_without_it_is_not_remembered(folder, hide, devmap, monkey
     assert (code, "library-changed" in said) == (0, False)
 
 
-def test_no_way_out_is_advised_that_is_none(folder, hide, devmap):
+def test_allow_unmeasured_is_not_advised_if_it_does_not_help(folder, hide, devmap):
     write("llama", LLAMA)
     hide("transformers.PreTrainedModel._get_dtype_plan")
     for arguments in ((), ("--allow-unmeasured",)):
@@ -177,7 +177,7 @@ def test_no_way_out_is_advised_that_is_none(folder, hide, devmap):
         assert (code, "error[library-changed]" in said, "--allow-unmeasured" in said) == (1, True, False)
 
 
-def test_the_names_of_variables_are_text(folder):
+def test_variable_names_must_be_text(folder):
     write("llama", LLAMA)
     with pytest.raises(TypeError, match="the names of variables are text, and 1 is none"):
         compile_profile("llama.yaml", variables={1: 1})

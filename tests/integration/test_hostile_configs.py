@@ -1,4 +1,4 @@
-"""Configs of strangers: whatever stands in place of a value, the answer is a plan, or an error that tells where."""
+"""Any value in a stranger's config gives a plan, or an error that names the place."""
 
 from __future__ import annotations
 
@@ -86,13 +86,13 @@ def answers(config, path, folder, monkeypatch):
 
 
 @pytest.mark.parametrize("path", [("num_attention_heads",), ("num_hidden_layers",), ("architectures",)], ids=".".join)
-def test_any_value_in_place_of_another_has_an_answer(tmp_path, monkeypatch, path):
+def test_any_value_in_a_config_gives_a_plan_or_an_error(tmp_path, monkeypatch, path):
     answers(LLAMA, path, tmp_path, monkeypatch)
 
 
 @pytest.mark.zoo
 @pytest.mark.parametrize("config", [LLAMA, GEMMA], ids=["llama", "gemma3"])
-def test_so_it_has_in_every_place(tmp_path, monkeypatch, config):
+def test_any_value_in_any_place_of_a_config_gives_a_plan_or_an_error(tmp_path, monkeypatch, config):
     for path in paths(config):
         answers(config, path, tmp_path, monkeypatch)
 
@@ -109,13 +109,13 @@ def test_so_it_has_in_every_place(tmp_path, monkeypatch, config):
         ("rms_norm_eps", math.nan, "`rms_norm_eps` is not a number (NaN)"),
     ],
 )
-def test_it_tells_where_in_the_config_the_mistake_is(tmp_path, monkeypatch, key, value, told):
+def test_errors_name_the_wrong_value_of_a_config(tmp_path, monkeypatch, key, value, told):
     [error] = compiled(LLAMA | {key: value}, tmp_path, monkeypatch).diagnostics
     assert error.code == "unsupported-model"
     assert told in error.message
 
 
-def test_no_config_of_transformers_is_out_of_proportion():
+def test_no_config_of_transformers_exceeds_the_limits():
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     stated = {}
@@ -126,13 +126,13 @@ def test_no_config_of_transformers_is_out_of_proportion():
     assert {name: problem for name, config in stated.items() if (problem := unreasonable_number(config))} == {}
 
 
-def test_a_model_of_too_many_parts_is_refused_while_it_is_built(tmp_path, monkeypatch):
+def test_a_model_of_too_many_modules_is_refused_while_it_is_built(tmp_path, monkeypatch):
     monkeypatch.setattr(introspection, "MOST_PARTS", 50)
     [error] = compiled(LLAMA, tmp_path, monkeypatch).diagnostics
     assert "it has more than 50 modules and parameters" in error.message
 
 
-def test_formulas_stand_in_where_measuring_takes_too_many_operations(tmp_path, monkeypatch):
+def test_formulas_replace_a_measurement_of_too_many_operations(tmp_path, monkeypatch):
     monkeypatch.setattr(recording, "MOST_OPERATIONS", 300)
     compilation = compiled(LLAMA, tmp_path, monkeypatch)
     [warning] = [each for each in compilation.diagnostics if each.code == "unmeasured-model"]

@@ -1,4 +1,4 @@
-"""`devmap init`: first profiles, which compile as they are."""
+"""`devmap init` writes first profiles that compile unchanged."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def said(done):
     return " ".join((done.exception.format_message() if done.exception else done.stderr).split())
 
 
-def test_no_file_takes_the_place_of_a_pipe(workspace):
+def test_init_does_not_replace_a_pipe(workspace):
     os.mkfifo("pipe")
     assert "`pipe` is not a regular file" in said(run("init", "llama", "--on", "t4", "-o", "pipe", "--force"))
     assert Path("pipe").is_fifo()
@@ -41,7 +41,7 @@ def test_no_file_takes_the_place_of_a_pipe(workspace):
     "machine",
     ["t4", "2x300KiB", "200KiB+cpu:100KiB", "m4-max", "box.yaml", None],
 )
-def test_writes_a_profile_that_compiles(workspace, machine):
+def test_init_writes_a_profile_that_compiles(workspace, machine):
     Path("box.yaml").write_text('hardware: {devices: {"cuda:[0-1]": {accelerator: rtx-3090, reserve: 2GiB}}}\n')
     on = ["--on", machine] if machine else []
     assert run("init", "llama", *on, "-o", "first.yaml").return_value == 0
@@ -52,7 +52,7 @@ def test_writes_a_profile_that_compiles(workspace, machine):
 
 
 @pytest.mark.parametrize(("model", "context_length"), [("learned", 256), ("short", 2048)])
-def test_the_context_is_one_that_the_model_is_meant_for(model, context_length, workspace):
+def test_init_chooses_a_context_within_the_models_positions(model, context_length, workspace):
     Path("short").mkdir()
     short = json.loads(Path("llama/config.json").read_text()) | {"max_position_embeddings": 2048}
     Path("short/config.json").write_text(json.dumps(short))
@@ -61,7 +61,7 @@ def test_the_context_is_one_that_the_model_is_meant_for(model, context_length, w
     assert "  context_length: 4096 " in asked.stdout
 
 
-def test_what_it_writes(workspace):
+def test_init_writes_schema_machine_context_and_strategies(workspace):
     text = run("init", "llama", "--on", "2xrtx-4090+cpu:64GiB").stdout
     assert text.startswith("# yaml-language-server: $schema=schemas/profile.v1.schema.json\n")
     assert '    "cuda:[0-1]": rtx-4090\n    # cpu: {memory: 64GiB}   # for what is to be offloaded\n' in text
@@ -71,7 +71,7 @@ def test_what_it_writes(workspace):
         assert strategy in text
 
 
-def test_no_more_context_than_the_model_is_meant_for(workspace):
+def test_init_limits_the_default_context_to_the_models_positions(workspace):
     config = json.loads(Path("llama/config.json").read_text())
     Path("llama/config.json").write_text(json.dumps({**config, "max_position_embeddings": 900}))
     assert "  context_length: 900 " in run("init", "llama", "--on", "l4").stdout
@@ -79,7 +79,7 @@ def test_no_more_context_than_the_model_is_meant_for(workspace):
     assert "  context_length: 1000 " in asked
 
 
-def test_what_is_in_comments_compiles_as_well(workspace):
+def test_commented_lines_of_the_profile_compile(workspace):
     text = run("init", "llama", "--on", "2xrtx-4090+cpu:64GiB").stdout
     Path("first.yaml").write_text(re.sub(r"# (pins:|  - \{match|cpu:)", r"\1", text))
     plan = json.loads(run("compile", "first.yaml", "--no-simulate", "--format", "json").stdout)["plan"]
@@ -87,7 +87,7 @@ def test_what_is_in_comments_compiles_as_well(workspace):
     assert [device["id"] for device in plan["devices"]] == ["cuda:0", "cuda:1", "cpu"]
 
 
-def test_the_schema_is_that_of_the_repository(workspace):
+def test_paths_in_the_profile_are_relative_to_it(workspace):
     Path(".git").mkdir()
     Path("profiles").mkdir()
     run("init", "llama", "--on", "l4", "-o", "profiles/first.yaml")
@@ -96,14 +96,14 @@ def test_the_schema_is_that_of_the_repository(workspace):
     assert "  source: ../llama" in lines
 
 
-def test_the_workload_and_the_strategy_that_are_asked_for(workspace):
+def test_init_uses_the_given_workload_and_strategy(workspace):
     done = run("init", "llama", "--on", "2xl4", "--workload", "512", "--strategy", "balanced", "--format", "json")
     text = json.loads(done.stdout)["profile"]
     assert "  context_length: 512 " in text
     assert "  strategy: balanced\n" in text
 
 
-def test_a_machine_in_a_file_is_written_down_with_all_that_it_says(workspace):
+def test_init_copies_all_values_of_a_machine_file(workspace):
     box = """\
 hardware:
   devices:
@@ -128,20 +128,20 @@ hardware:
         (("llama", "--on", "300KiB", "--strategy", "single"), "cuda:0 would hold"),
     ],
 )
-def test_says_what_is_wrong(workspace, arguments, message):
+def test_init_reports_errors(workspace, arguments, message):
     Path("first.yaml").write_text("version: 1\n")
     done = run("init", *arguments)
     assert done.return_value != 0
     assert message in said(done)
 
 
-def test_the_class_of_a_config_that_names_none(workspace):
+def test_init_takes_the_class_for_a_config_without_one(workspace):
     text = run("init", "nameless", "--on", "l4", "--class", "LlamaForCausalLM").stdout
     assert "  class: LlamaForCausalLM\n" in text
 
 
 def check(model, machine, folder, *, simulates):
-    """What is written for a published model on a machine of the catalogue compiles."""
+    """Check that the profile of a published model on a machine of the catalogue compiles."""
     source = REPOSITORY / "profiles" / "models" / model / "config.json"
     (folder / "config.json").write_bytes(source.read_bytes())
     asked = InitOptions(
@@ -161,18 +161,18 @@ SMALL = [(model, machine) for model, machine in PAIRS if model in ("all-minilm-l
 
 
 @pytest.mark.parametrize(("model", "machine"), random.Random(16).sample(SMALL, 4))
-def test_what_is_written_for_published_models(model, machine, tmp_path):
+def test_profiles_of_some_published_models_and_machines_compile(model, machine, tmp_path):
     check(model, machine, tmp_path, simulates=False)
 
 
 @pytest.mark.zoo
 @pytest.mark.parametrize("model", PUBLISHED)
-def test_what_is_written_for_every_published_model_and_machine(model, tmp_path):
+def test_profiles_of_every_published_model_and_machine_compile(model, tmp_path):
     for machine in MACHINES:
         check(model, machine, tmp_path, simulates=False)
 
 
 @pytest.mark.zoo
 @pytest.mark.parametrize(("model", "machine"), random.Random(16).sample(PAIRS, len(PAIRS) // 20))
-def test_what_is_written_runs_dry(model, machine, tmp_path):
+def test_profiles_of_published_models_pass_the_dry_run(model, machine, tmp_path):
     check(model, machine, tmp_path, simulates=True)

@@ -1,6 +1,6 @@
-"""A library that changed under a plan is told as that: an error, unless the user lets formulas stand in.
+"""A change of a library is an error that names it, unless the user allows formulas instead of a measurement.
 
-Changes are made here as versions make them: an argument or an output has another name, a thing is not there any more.
+The tests change libraries as versions do: an argument or output has another name, or something is missing.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ PROFILE = {
 
 @pytest.fixture(autouse=True)
 def profile(workspace, monkeypatch):
-    """A profile, with a cache of its own: what another test measured is not at hand."""
+    """A profile with a cache of its own, so that measurements of other tests are not found."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(workspace / "cache"))
     Path("profile.yaml").write_text(yaml.safe_dump(PROFILE))
 
 
 @pytest.fixture
 def newer(monkeypatch):
-    """The installed transformers is newer than what was tried, of which `5.19.0` stands for the newest."""
+    """Make the installed transformers newer than the newest tried version, here `5.19.0`."""
     monkeypatch.setitem(versions.TRIED, "transformers", ("5.19.0",))
     return f"transformers 5.19.0 → {versions.installed('transformers')}"
 
@@ -56,7 +56,7 @@ def run_command(*arguments):
 
 
 def compiled(*arguments):
-    """Exit code, and what was found by code, of `devmap compile`."""
+    """Return the exit code, the findings by code, and the JSON of `devmap compile`."""
     done = run_command("compile", "profile.yaml", "--format", "json", *arguments)
     value = json.loads(done.stdout)
     return (
@@ -67,7 +67,7 @@ def compiled(*arguments):
 
 
 def with_tokens_instead(monkeypatch):
-    """The prompt's argument has another name."""
+    """Give the prompt's argument another name."""
 
     def forward(self, tokens=None, attention_mask=None, use_cache=None, logits_to_keep=0):
         raise AssertionError("it is not to be called")
@@ -77,7 +77,7 @@ def with_tokens_instead(monkeypatch):
 
 
 def with_state_returned(monkeypatch):
-    """The cache is returned under another name."""
+    """Return the cache under another name."""
     forward = LlamaForCausalLM.forward
 
     def returning(self, input_ids=None, **options):
@@ -89,7 +89,7 @@ def with_state_returned(monkeypatch):
 
 
 def with_state_taken(monkeypatch):
-    """The cache is taken under another name."""
+    """Take the cache under another name."""
     forward = LlamaForCausalLM.forward
 
     def taking(self, input_ids=None, state=None, use_cache=None, logits_to_keep=0):
@@ -100,7 +100,7 @@ def with_state_taken(monkeypatch):
 
 
 def without_fake_tensors(monkeypatch):
-    """What torch does not promise to keep is gone."""
+    """Remove a private part of torch."""
     gone = Private("torch._subclasses.fake_tensor.NoSuchMode", "nothing")
     monkeypatch.setattr(torch_adapter, "FAKE_TENSOR_MODE", gone)
     return "`torch._subclasses.fake_tensor.NoSuchMode` is not there"
@@ -110,7 +110,7 @@ CHANGES = [with_tokens_instead, with_state_returned, with_state_taken, without_f
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_change_is_an_error_that_names_it(change, monkeypatch):
+def test_a_changed_library_is_an_error_that_names_the_change(change, monkeypatch):
     what = change(monkeypatch)
     code, found, value = compiled()
     assert code == 1
@@ -124,7 +124,7 @@ def test_a_change_is_an_error_that_names_it(change, monkeypatch):
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_formulas_stand_in_where_the_user_says_so(change, monkeypatch):
+def test_with_allow_unmeasured_formulas_replace_the_measurement(change, monkeypatch):
     what = change(monkeypatch)
     code, found, value = compiled("--allow-unmeasured")
     assert code == 0
@@ -133,14 +133,14 @@ def test_formulas_stand_in_where_the_user_says_so(change, monkeypatch):
     assert what in found["library-changed"][1]
 
 
-def test_the_message_names_both_versions(newer, monkeypatch):
+def test_the_error_names_the_tried_and_the_installed_version(newer, monkeypatch):
     with_state_returned(monkeypatch)
     _, found, _ = compiled()
     message = f"{newer}: `LlamaForCausalLM.forward` returns its cache as `state`: the model is not measured"
     assert found["library-changed"] == ("error", message)
 
 
-def test_what_a_change_kept_from_being_measured_is_not_remembered(monkeypatch):
+def test_formulas_are_not_cached_as_a_measurement(monkeypatch):
     with monkeypatch.context() as context:
         with_state_returned(context)
         assert compiled("--allow-unmeasured")[0] == 0
@@ -148,7 +148,7 @@ def test_what_a_change_kept_from_being_measured_is_not_remembered(monkeypatch):
     assert (value["plan"]["measured"], found) == (True, {})
 
 
-def test_a_vendored_graph_without_measurement_goes_on_asking(monkeypatch):
+def test_a_vendored_graph_without_measurement_needs_allow_unmeasured_again(monkeypatch):
     with monkeypatch.context() as context:
         with_state_returned(context)
         assert compiled("--allow-unmeasured", "--vendor")[0] == 0
@@ -160,7 +160,7 @@ def test_a_vendored_graph_without_measurement_goes_on_asking(monkeypatch):
 
 
 @pytest.mark.parametrize("command", [("simulate",), ("explain",), ("fit", "--on", "2x24GiB"), ("run",), ("check",)])
-def test_every_command_that_needs_the_measurement_says_it(command, monkeypatch):
+def test_every_command_that_needs_the_measurement_reports_the_change(command, monkeypatch):
     compiled()
     monkeypatch.setenv("XDG_CACHE_HOME", str(Path("empty").absolute()))
     what = with_state_returned(monkeypatch)
@@ -172,7 +172,7 @@ def test_every_command_that_needs_the_measurement_says_it(command, monkeypatch):
     assert "error[library-changed]" in said
 
 
-def test_what_a_tree_shows_as_measured_is_measured(monkeypatch):
+def test_tree_shows_formulas_only_with_allow_unmeasured(monkeypatch):
     what = with_state_returned(monkeypatch)
     refused = run_command("tree", "llama", "--measure")
     assert (refused.return_value, what in " ".join(refused.stderr.split())) == (1, True)
@@ -181,14 +181,14 @@ def test_what_a_tree_shows_as_measured_is_measured(monkeypatch):
     assert f"by formulas: transformers {versions.installed('transformers')}: " in " ".join(allowed.stdout.split())
 
 
-def test_python_says_it_too(monkeypatch):
+def test_compile_profile_raises_the_change(monkeypatch):
     with_state_returned(monkeypatch)
     with pytest.raises(ProfileError, match="returns its cache as `state`"):
         compile_profile("profile.yaml")
     assert not compile_profile("profile.yaml", allow_unmeasured=True).measured
 
 
-def test_loading_says_it_too(monkeypatch):
+def test_load_model_raises_the_change(monkeypatch):
     compiled()
     monkeypatch.setenv("XDG_CACHE_HOME", str(Path("empty").absolute()))
     with_state_returned(monkeypatch)
@@ -196,7 +196,7 @@ def test_loading_says_it_too(monkeypatch):
         load_model("profile.yaml")
 
 
-def test_a_dry_run_that_a_change_stops_is_an_error(newer, monkeypatch):
+def test_a_change_that_stops_the_dry_run_is_an_error(newer, monkeypatch):
     compiled("--no-simulate")  # it is measured, and that is kept
 
     def gone(*_arguments):
@@ -212,7 +212,7 @@ def test_a_dry_run_that_a_change_stops_is_an_error(newer, monkeypatch):
     assert (code, found["library-changed"][0]) == (0, "warning")
 
 
-def test_a_model_that_cannot_be_read_any_more_is_an_error_with_and_without(monkeypatch):
+def test_a_change_that_stops_reading_the_model_is_an_error_even_with_allow_unmeasured(monkeypatch):
     gone = Private("transformers.PreTrainedModel.no_such_plan", "nothing")
     monkeypatch.setattr(transformers_adapter, "DTYPE_PLAN", gone)
     for arguments in ((), ("--allow-unmeasured",)):
@@ -221,7 +221,7 @@ def test_a_model_that_cannot_be_read_any_more_is_an_error_with_and_without(monke
         assert "`transformers.PreTrainedModel.no_such_plan` is not there" in found["library-changed"][1]
 
 
-def test_a_mistake_of_ours_is_told_as_one(monkeypatch):
+def test_a_bug_of_ours_is_reported_as_one(monkeypatch):
     monkeypatch.setattr(Recorder, "note", None)
     code, found, _ = compiled()
     severity, message = found["measuring-failed"]
@@ -251,21 +251,21 @@ def in_the_model():
     LlamaModel.forward(None)
 
 
-def test_what_needs_data_is_the_models_doing_under_every_version(newer):
+def test_a_need_for_data_is_attributed_to_the_model_under_any_version(newer):
     assert raised(data_needed).cause == "model"
 
 
-def test_what_a_models_code_raises_is_its_own_where_the_version_was_tried():
+def test_an_error_in_a_models_code_is_attributed_to_the_model_under_a_tried_version():
     assert raised(in_the_model).cause == "model"
 
 
-def test_it_is_the_versions_where_that_was_not(newer):
+def test_an_error_in_a_models_code_is_attributed_to_an_untried_version(newer):
     failure = raised(in_the_model)
     assert failure.cause == "library"
     assert failure.reason.startswith(f"{newer}: ")
 
 
-def test_what_our_code_raises_is_ours_or_comes_of_the_version(monkeypatch):
+def test_an_error_in_our_code_is_attributed_to_us_or_to_an_untried_version(monkeypatch):
     def own():
         Forwards(None, None).prefill_inputs(1)
 
@@ -277,8 +277,8 @@ def test_what_our_code_raises_is_ours_or_comes_of_the_version(monkeypatch):
     assert "(devmap_config/graph/forwards.py:" in failure.reason
 
 
-def test_what_torch_refuses_of_a_models_call_is_the_models_doing():
-    """Though it is within a method of ours that the call is handed on."""
+def test_an_error_of_torch_in_a_models_call_is_attributed_to_the_model():
+    """Although a method of ours passes the call on."""
 
     def handed_on():
         traffic = Traffic(blocks={}, skipped=frozenset())
@@ -293,8 +293,8 @@ def with_pixels(self, pixel_values):
 
 
 @pytest.mark.parametrize("forward", [with_pixels, torch.nn.Module.forward])
-def test_a_model_that_takes_no_text_is_no_change(forward, monkeypatch):
-    """Its class may still say `input_ids`, which every class says that does not say otherwise."""
+def test_a_model_without_text_input_is_not_taken_for_a_change(forward, monkeypatch):
+    """Its class may still name `input_ids`, as every class does by default."""
     monkeypatch.setattr(LlamaForCausalLM, "forward", forward)
     code, found, _ = compiled()
     assert code == 0
@@ -304,7 +304,7 @@ def test_a_model_that_takes_no_text_is_no_change(forward, monkeypatch):
     assert ("pixel_values" in message) == (forward is with_pixels)
 
 
-def test_a_change_is_found_behind_what_was_made_of_it():
+def test_a_change_is_found_as_the_cause_of_another_error():
     def wrapped():
         try:
             Private("torch.nothing", "nothing").find()
@@ -319,7 +319,7 @@ def test_a_change_is_found_behind_what_was_made_of_it():
 # -- versions ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_version_that_was_never_tried_is_said_once_in_one_line(newer):
+def test_an_untried_version_is_reported_once_in_one_line(newer):
     installed = versions.installed("transformers")
     line = (
         f"transformers {installed} was never tried with devmap-config 0.2.0 (tried: 5.19.0): install one of these if"
@@ -334,7 +334,7 @@ def test_a_version_that_was_never_tried_is_said_once_in_one_line(newer):
     assert run_command("check", "-q", "profile.yaml", "other.yaml").stderr == ""
 
 
-def test_versions_that_were_tried_are_passed_over_in_silence():
+def test_tried_versions_are_not_reported():
     assert compiled()[1] == {}
 
 
@@ -347,6 +347,6 @@ def test_versions_that_were_tried_are_passed_over_in_silence():
         ("5.9.0", "transformers 5.20.0 → 5.9.0"),
     ],
 )
-def test_a_move_is_told_from_the_nearest_version_that_was_tried(installed, told, monkeypatch):
+def test_a_version_change_is_stated_from_the_nearest_tried_version(installed, told, monkeypatch):
     monkeypatch.setattr(versions, "installed", lambda _library: installed)
     assert versions.moved("transformers") == told

@@ -1,4 +1,4 @@
-"""What names a profile: its file, or its lock; and what is said where there is none."""
+"""Commands accept a profile or its lock by name, and report names that do not exist."""
 
 from __future__ import annotations
 
@@ -40,18 +40,18 @@ def run(*arguments):
         ["tree"],
     ],
 )
-def test_the_lock_of_a_profile_may_be_named_instead_of_it(profile, command):
+def test_a_profile_can_be_named_by_its_lock(profile, command):
     name, *options = command
     of_profile, of_lock = run(name, "x.yaml", *options), run(name, "x.lock.json", *options)
     assert of_lock.exception is None, of_lock.output
     assert (of_lock.return_value, of_lock.stdout) == (0, of_profile.stdout)
 
 
-def test_a_profile_and_its_lock_are_checked_once(profile):
+def test_a_profile_and_its_lock_given_together_are_checked_once(profile):
     assert run("check", "x.yaml", "x.lock.json", ".").stdout == "1 lock up to date\n"
 
 
-def test_run_and_python_understand_a_lock(profile):
+def test_run_and_python_accept_a_lock(profile):
     assert "no-weights" in run("run", "x.lock.json").stderr
     assert compile_profile("x.lock.json").device_map == compile_profile("x.yaml").device_map
 
@@ -67,7 +67,7 @@ def test_run_and_python_understand_a_lock(profile):
         ((), "nowhere/y.yaml", "`nowhere/y.yaml` does not exist"),
     ],
 )
-def test_a_profile_that_is_not_there_is_said_to_be_missing(workspace, files, named, said):
+def test_a_missing_profile_is_reported(workspace, files, named, said):
     for name in files:
         Path(name).write_text(PROFILE)
     for load in (compile_profile, load_model):
@@ -77,7 +77,7 @@ def test_a_profile_that_is_not_there_is_said_to_be_missing(workspace, files, nam
         assert said in str(error.value)
 
 
-def test_either_suffix_is_found_from_a_lock(workspace):
+def test_a_lock_finds_its_profile_with_either_suffix(workspace):
     Path("y.yml").write_text(PROFILE)
     assert profile_of(Path("y.lock.json")) == Path("y.yml")
 
@@ -93,7 +93,7 @@ def test_either_suffix_is_found_from_a_lock(workspace):
         (["simulate"], ""),
     ],
 )
-def test_every_command_says_so_and_exits_with_2(workspace, command, shown):
+def test_every_command_reports_a_missing_profile_and_exits_with_2(workspace, command, shown):
     name, *options = command
     executable = Path(sys.executable).with_name("devmap")
     done = subprocess.run([executable, name, "y.lock.json", *options], capture_output=True, text=True, check=False)
@@ -101,7 +101,7 @@ def test_every_command_says_so_and_exits_with_2(workspace, command, shown):
     assert "error[missing-file]: `y.lock.json` is a lock, and beside it is no `y.yaml`" in done.stderr
 
 
-def test_it_is_one_object_too(workspace):
+def test_a_missing_profile_is_reported_as_one_json_object(workspace):
     executable = Path(sys.executable).with_name("devmap-compile")
     done = subprocess.run([executable, "y.yaml", "--format=json"], capture_output=True, text=True, check=False)
     value = json.loads(done.stdout)

@@ -1,4 +1,4 @@
-"""Every command of the documentation runs and prints what its page shows: `make test-docs`."""
+"""Every command on the pages of the documentation runs and prints what its page shows: `make test-docs`."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def cache(tmp_path_factory):
 
 @pytest.fixture
 def workspace(tmp_path, monkeypatch, cache):
-    """A repository with the profiles that ship, and an environment in which nothing is broken into lines."""
+    """A repository with the shipped profiles, and an environment in which lines are not wrapped."""
     monkeypatch.chdir(tmp_path)
     Path(".git").mkdir()
     shutil.copytree(REPOSITORY / "profiles", "profiles")
@@ -56,7 +56,7 @@ def servers():
         process.wait(60)
 
 
-def test_the_picture_of_the_readme_is_what_the_command_there_draws(workspace):
+def test_the_picture_in_the_readme_is_drawn_by_its_command(workspace):
     command = ["report", "profiles/qwen3-30b-a3b-fastest.yaml", "--svg", "plan.svg", "-q"]
     assert f"`devmap {' '.join(command[:4])}`" in (REPOSITORY / "README.md").read_text(encoding="utf-8")
     assert CliRunner().invoke(devmap, command).exit_code == ExitCode.DONE
@@ -64,7 +64,7 @@ def test_the_picture_of_the_readme_is_what_the_command_there_draws(workspace):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
-def test_the_commands_of_a_page(page, workspace, servers):
+def test_commands_of_a_page_print_what_it_shows(page, workspace, servers):
     for block in blocks(page):
         if isinstance(block, File):
             Path(block.name).write_text(block.text, encoding="utf-8")
@@ -73,7 +73,7 @@ def test_the_commands_of_a_page(page, workspace, servers):
 
 
 def run(command: Command, servers: list[subprocess.Popen[str]]) -> None:
-    """Run a command, and hold what it prints to the page."""
+    """Run a command, and compare its output with the page."""
     name, _, rest = command.line.partition(" ")
     if name == "make":  # what CI runs; a target that it does not run is no command of a page
         of_ci = (line.strip() for line in (REPOSITORY / ".ci" / "run").read_text().splitlines())
@@ -99,7 +99,9 @@ def run(command: Command, servers: list[subprocess.Popen[str]]) -> None:
 
 
 def pattern(line: str, command: Command) -> re.Pattern[str]:
-    """Return what a line of a page matches: blanks are one, `…` is anything, measured numbers are any."""
+    """Return the pattern of a line of a page: any blanks match, `…` matches anything, measured numbers match any
+    number.
+    """
     expected = re.escape(" ".join(line.split())).replace(re.escape("…"), ".*?").replace("…", ".*?")
     if command.line.startswith(MEASURED):
         expected = re.sub(r"\d+(?:\\?[.,]\d+)*", lambda _: r"[\d.,]+", expected)
@@ -115,7 +117,7 @@ def invoke(arguments: list[str]) -> tuple[str, int]:
 
 
 def serve(line: str, servers: list[subprocess.Popen[str]]) -> str:
-    """Start a server, and return what it says once it listens."""
+    """Start a server, and return its first line of output."""
     said = Path("server.txt")
     with said.open("w", encoding="utf-8") as output:
         servers.append(subprocess.Popen(shlex.split(line), stdout=output, stderr=subprocess.STDOUT, text=True))

@@ -1,4 +1,4 @@
-"""Published models whose plans were refused, or told wrongly: their positions, budgets that leave room, whole names."""
+"""Plans of published models that once failed: their positions, budgets with room for the workload, whole names."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def compiled(text):
     return run_pipeline(Request(path=Path("p.yaml")))
 
 
-def test_an_encoder_ends_at_its_512_positions(models):
+def test_an_encoder_is_limited_to_its_512_positions(models):
     text = (
         "version: 1\n"
         "model: {source: models/all-minilm-l6-v2/config.json}\n"
@@ -70,7 +70,7 @@ def test_sequential_leaves_room_for_the_workload(first, caps, models):
 
 
 @pytest.mark.parametrize("width", [60, 80])
-def test_names_are_whole(width, models, monkeypatch):
+def test_names_are_printed_whole(width, models, monkeypatch):
     monkeypatch.setenv("COLUMNS", str(width))
     Path("p.yaml").write_text(IMAGES)
     shown = (

@@ -1,4 +1,4 @@
-"""The package as Python code uses it: what is passed on, what is raised, and that the examples say what is."""
+"""The package as Python code uses it: arguments of `load_model`, exceptions, warnings, and the examples of its docs."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def llama(workspace):
 
 @pytest.fixture
 def passed(monkeypatch):
-    """What `from_pretrained` is given."""
+    """Record the arguments that `from_pretrained` is given."""
     given = {}
     original = PreTrainedModel.from_pretrained.__func__
 
@@ -77,8 +77,8 @@ def test_arguments_of_from_pretrained_are_passed_on(llama, passed):
     assert (passed["use_safetensors"], passed["dtype"]) == (True, "bfloat16")
 
 
-def test_a_class_that_expects_to_be_given_the_model_alone(llama, monkeypatch):
-    """As classes do that set something on the model that they have loaded."""
+def test_classes_whose_from_pretrained_changes_the_loaded_model_work(llama, monkeypatch):
+    """Some classes set attributes on the model that they have loaded."""
     original = LlamaForCausalLM.from_pretrained.__func__
 
     def marking(cls, *arguments, **options):
@@ -90,8 +90,8 @@ def test_a_class_that_expects_to_be_given_the_model_alone(llama, monkeypatch):
     assert load_model("profile.yaml").is_marked
 
 
-def test_every_argument_that_transformers_names_is_sorted():
-    """A new one is neither passed on nor refused for a reason until someone has looked at it."""
+def test_every_argument_of_from_pretrained_is_passed_on_or_refused():
+    """A new argument fails this test until someone decides about it."""
     source = inspect.getsource(PreTrainedModel.from_pretrained)
     popped = set(re.findall(r'kwargs\.pop\(\s*"(\w+)"', source))
     named = {name for name, each in inspect.signature(PreTrainedModel.from_pretrained).parameters.items()}
@@ -101,7 +101,7 @@ def test_every_argument_that_transformers_names_is_sorted():
 
 
 @pytest.mark.parametrize("name", [*DECIDED, *RULED_OUT])
-def test_what_the_profile_decides_is_an_error(workspace, name):
+def test_arguments_that_the_profile_decides_are_refused(workspace, name):
     with pytest.raises(ArgumentError, match=f"`{name}`") as error:
         load_model("profile.yaml", **{name: "x"})  # it is refused before the profile is looked for
     assert error.value.code == "decided-argument"
@@ -109,7 +109,7 @@ def test_what_the_profile_decides_is_an_error(workspace, name):
 
 
 @pytest.mark.parametrize("name", DECIDED)
-def test_the_error_names_the_key_that_decides(workspace, name):
+def test_the_refusal_names_the_key_of_the_profile(workspace, name):
     key = DECIDED[name].partition("`")[0]
     holder = devmap_config.profile.schema.Profile
     for step in key.split("."):
@@ -119,7 +119,7 @@ def test_the_error_names_the_key_that_decides(workspace, name):
     assert f"the profile's `{key}" in str(error.value)
 
 
-def test_an_argument_that_nobody_knows_is_an_error_with_what_was_meant(workspace):
+def test_an_unknown_argument_is_an_error_with_a_suggestion(workspace):
     with pytest.raises(ArgumentError, match="did you mean `local_files_only`") as error:
         load_model("profile.yaml", local_file_only=True)
     assert error.value.code == "unknown-argument"
@@ -129,7 +129,7 @@ def test_an_argument_that_nobody_knows_is_an_error_with_what_was_meant(workspace
 
 @pytest.fixture
 def cached(workspace):
-    """A hub's cache of its own, with a model in it."""
+    """A hub cache of its own, with a model in it."""
     repository = workspace / "cache" / "models--people--llama"
     save_llama(repository / "snapshots" / COMMIT)
     (repository / "refs").mkdir()
@@ -139,7 +139,7 @@ def cached(workspace):
     return "cache"
 
 
-def test_a_cache_that_is_named_is_where_config_and_weights_are_looked_for(cached, passed):
+def test_config_and_weights_are_read_from_the_given_cache_dir(cached, passed):
     with pytest.raises(ProfileError, match="model-not-found"):
         load_model("profile.yaml", local_files_only=True)
     model = load_model("profile.yaml", cache_dir=cached, local_files_only=True)
@@ -149,13 +149,13 @@ def test_a_cache_that_is_named_is_where_config_and_weights_are_looked_for(cached
     assert torch.equal(model(tokens).logits, plain(tokens).logits)
 
 
-def test_all_that_is_raised_has_one_base_and_says_what_is_wrong():
+def test_all_exceptions_have_one_base_class():
     raised = (ArgumentError, LockError, NotADeviceMapError, ProfileError, RunnerError, UnfitMachineError)
     assert all(issubclass(each, DevmapError) for each in raised)
     assert {each.__name__ for each in raised} <= set(devmap_config.__all__)
 
 
-def test_what_is_raised_carries_diagnostics(llama):
+def test_exceptions_carry_diagnostics(llama):
     Path("profile.lock.json").unlink()
     with pytest.raises(RunnerError) as error:
         load_model("profile.yaml")
@@ -182,7 +182,7 @@ def test_a_plan_carries_its_warnings(llama):
     assert plain.device_map == warned.device_map
 
 
-def test_loading_warns_of_what_is_to_be_known_before(llama):
+def test_load_model_issues_warnings(llama):
     file = llama / "model.safetensors"
     with warnings.catch_warnings():
         warnings.simplefilter("error", DevmapWarning)
@@ -194,7 +194,7 @@ def test_loading_warns_of_what_is_to_be_known_before(llama):
     assert warned[0].filename == __file__
 
 
-def test_everything_public_can_be_imported_and_is_documented():
+def test_every_public_name_is_documented_and_imports_no_torch():
     for name in devmap_config.__all__:
         assert getattr(devmap_config, name).__doc__, name  # its own, and not that of a base
     assert dir(devmap_config) == sorted(devmap_config.__all__)
@@ -209,7 +209,7 @@ def test_everything_public_can_be_imported_and_is_documented():
 
 @pytest.fixture
 def quickstart(tmp_path, monkeypatch):
-    """A copy of the profiles, with a lock of this moment, and the folder around it to work in."""
+    """A copy of the quickstart profile with a new lock; the working directory is the one around it."""
     monkeypatch.chdir(tmp_path)
     Path(".git").mkdir()
     Path("profiles/models").mkdir(parents=True)
@@ -218,7 +218,7 @@ def quickstart(tmp_path, monkeypatch):
     assert compile_command.main(["profiles/quickstart.yaml", "-q"], standalone_mode=False) == 0
 
 
-def test_the_example_of_the_page(quickstart, capsys):
+def test_the_example_in_the_python_page_runs(quickstart, capsys):
     text = (REPOSITORY / "docs" / "python.md").read_text(encoding="utf-8")
     [block] = re.findall(r"From Python:\n\n```python\n(.*?)```", text, re.DOTALL)
     names = {}
@@ -229,7 +229,7 @@ def test_the_example_of_the_page(quickstart, capsys):
 
 
 @pytest.mark.parametrize("function", [compile_profile, load_model])
-def test_the_examples_of_the_functions(quickstart, function):
+def test_the_docstring_examples_run(quickstart, function):
     [test] = doctest.DocTestFinder(recurse=False).find(function, globs={function.__name__: function})
     assert test.examples
     assert doctest.DocTestRunner().run(test).failed == 0

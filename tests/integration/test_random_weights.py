@@ -1,4 +1,4 @@
-"""A plan is tried before there is a checkpoint: random weights take the place of those that are yet to come."""
+"""Random weights replace missing ones, so that a plan can be run before there is a checkpoint."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from devmap_config.runner.random_weights import shards_of
 
 @pytest.fixture(autouse=True)
 def temporary(workspace, monkeypatch):
-    """A folder for what is temporary, which is to be empty again in the end."""
+    """A directory for temporary files, which must be empty at the end."""
     folder = workspace / "temporary"
     folder.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(folder))
@@ -51,7 +51,7 @@ def run(*arguments):
 
 
 @pytest.mark.parametrize("source", ["llama/config.json", "tied", "mixture"])
-def test_a_config_alone_is_loaded_by_the_lock_and_runs_as_long_as_planned(source, temporary):
+def test_a_config_without_weights_is_loaded_and_runs_for_the_planned_context(source, temporary):
     write_profile(source, "workload: {context_length: 64, batch_size: 2}\n")
     done = run("--format", "json", "--max-new-tokens", "4")
     found = json.loads(done.stdout)
@@ -70,7 +70,7 @@ def test_a_config_alone_is_loaded_by_the_lock_and_runs_as_long_as_planned(source
         ("qwen2_5_omni_thinker", "{images: 1, image_size: [112, 56], audio_seconds: 1}"),
     ],
 )
-def test_images_and_sound_of_the_planned_sizes_are_made_up(model, inputs, temporary, monkeypatch):
+def test_random_images_and_sound_have_the_planned_sizes(model, inputs, temporary, monkeypatch):
     Path("small").mkdir()
     config = {**{**IMAGE_MODELS, **SOUND_MODELS}[model], "dtype": "float32"}
     Path("small/config.json").write_text(json.dumps(config))
@@ -92,7 +92,7 @@ def test_images_and_sound_of_the_planned_sizes_are_made_up(model, inputs, tempor
         assert not wanted or given[name].std() > 0
 
 
-def test_a_prompt_must_have_room_for_its_images_beside_what_is_written(temporary):
+def test_a_prompt_with_images_must_leave_room_for_new_tokens(temporary):
     Path("small").mkdir()
     Path("small/config.json").write_text(json.dumps({**IMAGE_MODELS["llava"], "dtype": "float32"}))
     write_profile("small", "workload: {context_length: 40, inputs: {images: 2}}\n")
@@ -101,7 +101,7 @@ def test_a_prompt_must_have_room_for_its_images_beside_what_is_written(temporary
     assert "images and sound take 32 tokens, and 10 are to follow a prompt of 30" in " ".join(done.stderr.split())
 
 
-def test_a_receipt_is_of_prompts_with_the_images_that_were_planned(temporary, monkeypatch):
+def test_a_receipt_is_measured_with_the_planned_images(temporary, monkeypatch):
     Path("small").mkdir()
     Path("small/config.json").write_text(json.dumps({**IMAGE_MODELS["llava"], "dtype": "float32"}))
     write_profile("small", "workload: {context_length: 40, inputs: {images: 1}}\n")
@@ -116,7 +116,7 @@ def test_a_receipt_is_of_prompts_with_the_images_that_were_planned(temporary, mo
     assert len(towers) > 3  # in each measured round, and while it was shown
 
 
-def test_nobody_is_told_that_it_is_the_checkpoint(temporary):
+def test_output_does_not_call_random_weights_the_checkpoint(temporary):
     write_profile("llama")
     done = run()
     assert (done.return_value, done.stdout) == (0, "")
@@ -125,7 +125,7 @@ def test_nobody_is_told_that_it_is_the_checkpoint(temporary):
     assert "checkpoint" not in done.stderr
 
 
-def test_tensors_on_disk_are_read_where_they_were_written_and_the_offload_folder_stays_as_it_is(temporary):
+def test_random_weights_on_disk_leave_the_offload_folder_unchanged(temporary):
     write_profile(
         "mixture",
         'placement: {strategy: sequential, offload: {folder: offload}, pins: [{match: "**.layers.1", device: disk}]}\n',
@@ -143,8 +143,8 @@ def test_tensors_on_disk_are_read_where_they_were_written_and_the_offload_folder
         (Qwen3MoeConfig, Qwen3MoeForCausalLM, MIXTURE),
     ],
 )
-def test_the_tensors_are_those_that_transformers_saves(workspace, temporary, config_class, model_class, config):
-    """Each expert by itself, and of tied weights one."""
+def test_random_tensors_are_those_that_transformers_saves(workspace, temporary, config_class, model_class, config):
+    """Each expert is a tensor, and of tied weights only one is written."""
     values = {key: value for key, value in config.items() if key not in ("architectures", "dtype", "model_type")}
     model = model_class(config_class(**values)).to(torch.bfloat16)
     model.save_pretrained(workspace / "saved")
@@ -156,7 +156,7 @@ def test_the_tensors_are_those_that_transformers_saves(workspace, temporary, con
     assert {dtype for _, dtype in shard.tensors.values()} == {torch.bfloat16}
 
 
-def test_weights_are_spread_as_at_the_beginning_of_a_training(monkeypatch, temporary):
+def test_random_weights_are_distributed_as_initialised_ones(monkeypatch, temporary):
     monkeypatch.setattr(random_weights, "SHARD_BYTES", 50_000)
     built = meta_model(Path("llama"), class_name="LlamaForCausalLM", dtype="bfloat16", attention=None)
     shards = shards_of(built)
@@ -176,7 +176,7 @@ def test_weights_are_spread_as_at_the_beginning_of_a_training(monkeypatch, tempo
     assert len({round(weight.sum().item(), 6) for weight in weights}) == len(weights)
 
 
-def test_each_tensor_of_a_shard_takes_its_own_bytes_and_no_more(monkeypatch, tmp_path):
+def test_tensors_of_a_shard_have_storages_of_their_own_size(monkeypatch, tmp_path):
     monkeypatch.setattr(random_weights, "ROW", 4096)
     written = {}
     monkeypatch.setattr("safetensors.torch.save_file", lambda tensors, *_path, **_metadata: written.update(tensors))
@@ -188,7 +188,7 @@ def test_each_tensor_of_a_shard_takes_its_own_bytes_and_no_more(monkeypatch, tmp
     }
 
 
-def test_a_disk_that_is_too_small_is_said_before_anything_is_written(monkeypatch, temporary):
+def test_too_little_disk_is_reported_before_writing(monkeypatch, temporary):
     write_profile("llama")
     full = shutil.disk_usage(".")._replace(free=10)
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: full)
@@ -198,33 +198,33 @@ def test_a_disk_that_is_too_small_is_said_before_anything_is_written(monkeypatch
     assert "`TMPDIR`" in done.stderr
 
 
-def test_a_machine_that_cannot_carry_the_plan_is_told_so_before_anything_is_written(monkeypatch, temporary):
+def test_an_unfit_machine_is_reported_before_writing(monkeypatch, temporary):
     write_profile("llama", devices="npu:7: {memory: 1GiB}")
     monkeypatch.setattr(random_weights.Shard, "write", lambda *arguments: pytest.fail("it was written"))
     done = run()
     assert (done.return_value, "error[device-missing]" in done.stderr) == (4, True)
 
 
-def test_of_a_quantised_checkpoint_none_are_made(temporary):
+def test_random_weights_of_a_quantised_checkpoint_are_refused(temporary):
     write_profile("quantized", devices="cuda:0: {memory: 1GiB}")
     done = run("--no-probe")
     assert (done.return_value, "error[no-weights]" in done.stderr, "gptq" in done.stderr) == (1, True, True)
 
 
-def test_what_fails_leaves_nothing_behind(temporary, monkeypatch):
+def test_a_failed_run_leaves_no_random_weights(temporary, monkeypatch):
     write_profile("llama")
     monkeypatch.setattr(LlamaForCausalLM, "from_pretrained", classmethod(lambda *arguments, **options: 1 / 0))
     done = run()
     assert (done.return_value, "error[load-failed]" in done.stderr) == (4, True)
 
 
-def test_they_are_given_no_prompt(temporary):
+def test_a_prompt_for_random_weights_is_refused(temporary):
     write_profile("llama")
     with pytest.raises(click.UsageError, match="random weights have nothing to say"):
         run("--prompt", "hello")
 
 
-def test_a_receipt_has_what_was_predicted_beside_what_is_seen(temporary):
+def test_a_receipt_has_predicted_and_measured_values(temporary):
     write_profile(
         "mixture",
         "workload: {context_length: 64, batch_size: 2}\n",
@@ -270,7 +270,7 @@ def test_a_receipt_of_loading_alone_has_no_generation(temporary):
 @pytest.mark.parametrize(
     ("name", "message"), [("nowhere/mine.json", "there is no folder `nowhere`"), ("temporary", "is a folder")]
 )
-def test_where_no_receipt_can_be_written_nothing_is_loaded(temporary, name, message):
+def test_an_unwritable_receipt_is_an_error_before_loading(temporary, name, message):
     write_profile("llama")
     with pytest.raises(click.UsageError, match=message):
         run("--receipt", name)

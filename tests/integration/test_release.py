@@ -1,4 +1,4 @@
-"""The release workflow: its steps run by bash, its actions pinned, and what it reads agrees."""
+"""The release workflow: its steps run in bash, its actions are pinned, and versions and names agree."""
 
 from __future__ import annotations
 
@@ -43,21 +43,21 @@ def run(name, folder, **environment):
     )
 
 
-def test_the_tag_is_the_version(checkout):
+def test_a_release_needs_the_tag_of_the_version(checkout):
     assert run("Hold the tag", checkout, TAG=f"v{VERSION}").returncode == 0
     done = run("Hold the tag", checkout, TAG="v0.0.1")
     assert (done.returncode, f"the tag is v0.0.1, and pyproject.toml says {VERSION}" in done.stdout) == (1, True)
 
 
 @pytest.mark.parametrize("name", ["CHANGELOG.md", "CITATION.cff"])
-def test_a_version_that_is_not_told_of_is_not_released(checkout, name):
+def test_a_version_missing_from_changelog_or_citation_is_not_released(checkout, name):
     text = (checkout / name).read_text()
     (checkout / name).write_text(text.replace(VERSION, "9.9.9"))
     done = run("Hold the tag", checkout, TAG=f"v{VERSION}")
     assert (done.returncode, name in done.stdout) == (1, True)
 
 
-def test_the_repository_is_named(checkout):
+def test_a_release_fills_in_the_name_of_the_repository(checkout):
     assert run("Name the repository", checkout, REPOSITORY="someone/devmap-config").returncode == 0
     assert [name for name in FILES if "OWNER" in (checkout / name).read_text().replace("for OWNER", "")] == []
     assert "https://github.com/someone/devmap-config/issues" in (checkout / "pyproject.toml").read_text()
@@ -75,7 +75,7 @@ def test_actions_are_pinned_and_expressions_stay_out_of_scripts():
     assert re.search(rf"^{target}:", (REPOSITORY / "Makefile").read_text(), re.MULTILINE)
 
 
-def test_the_pages_of_the_codes_are_data_of_the_package():
+def test_the_pages_of_codes_are_part_of_the_package():
     assert {path.stem for path in PAGES.glob("*.md")} == set(CODES)
     assert "diagnostics/pages/*.md" in (REPOSITORY / "pyproject.toml").read_text()
     assert Path(os.path.realpath(PAGES)) == REPOSITORY / "docs" / "codes"

@@ -1,4 +1,4 @@
-"""Code that comes with a model: none of it runs unless the command line says so, and nothing asks."""
+"""Code that comes with a model never runs unless the command line allows it, and no command asks."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ placement: {offload: {folder: offload}}
 
 @pytest.fixture
 def marker(tmp_path, monkeypatch):
-    """The file that the models' code makes when it runs."""
+    """The file that a model's code writes when it runs."""
     monkeypatch.chdir(tmp_path)
     for name, config in (("own", OWN), ("known", KNOWN)):
         folder = tmp_path / name
@@ -121,7 +121,7 @@ def marker(tmp_path, monkeypatch):
 
 
 def save_known():
-    """Random weights beside the config of the model that transformers knows."""
+    """Save random weights beside the config of the model that transformers knows."""
     torch.manual_seed(0)
     values = {key: value for key, value in LLAMA.items() if key not in ("architectures", "dtype", "model_type")}
     LlamaForCausalLM(LlamaConfig(**values)).save_pretrained("known")
@@ -129,7 +129,7 @@ def save_known():
 
 
 def save_own():
-    """Random weights beside the config and code of the other."""
+    """Save random weights beside the config and code of the other model."""
     config = AutoConfig.from_pretrained("own", trust_remote_code=True)
     model = AutoModelForCausalLM.from_config(config, trust_remote_code=True)
     model.save_pretrained("weights")
@@ -138,14 +138,14 @@ def save_own():
 
 
 def forget_code(marker):
-    """Python has imported it, and would not run it again."""
+    """Remove the code from Python's modules, since it would not run a second time."""
     for name in [name for name in sys.modules if name.startswith("transformers_modules.")]:
         del sys.modules[name]
     marker.unlink()
 
 
 def command(*arguments):
-    """A command in this process, with a user behind it who would say yes to all."""
+    """Run a command in this process, with a user who would answer yes to every question."""
     return CliRunner().invoke(devmap, arguments, input="y\n" * 100, standalone_mode=False)
 
 
@@ -199,7 +199,7 @@ def test_a_model_whose_tokenizer_is_code_is_not_served(marker):
     assert "error[no-tokenizer]" in said
 
 
-def test_what_would_have_run_is_named(marker):
+def test_the_refusal_names_the_code(marker):
     done = command("compile", "own.yaml", "--format", "json")
     [finding] = json.loads(done.stdout)["diagnostics"]
     assert (done.return_value, finding["code"], finding["line"]) == (1, "remote-code", 2)
@@ -207,7 +207,7 @@ def test_what_would_have_run_is_named(marker):
 
 
 def test_attention_that_the_config_takes_from_the_hub_is_refused(marker, monkeypatch):
-    """It would be fetched and imported wherever the package `kernels` is installed."""
+    """It would be downloaded and imported wherever the package `kernels` is installed."""
     monkeypatch.setattr(hub_kernels, "get_kernel", lambda *arguments, **options: marker.touch())
     monkeypatch.setattr(hub_kernels, "is_kernels_available", lambda: True)
     Path("known/config.json").write_text(json.dumps({**KNOWN, "attn_implementation": "stranger/kernel"}))
@@ -219,7 +219,7 @@ def test_attention_that_the_config_takes_from_the_hub_is_refused(marker, monkeyp
     assert marker.exists()
 
 
-def test_a_tokenizer_that_is_code_gives_tokens_and_a_warning(marker):
+def test_with_a_tokenizer_of_code_run_prints_tokens_and_a_warning(marker):
     save_known()
     assert command("compile", "known.yaml").return_value == 0
     done = command("run", "known.yaml", "--max-new-tokens", "2", "--format", "json")
@@ -229,8 +229,8 @@ def test_a_tokenizer_that_is_code_gives_tokens_and_a_warning(marker):
     assert not marker.exists()
 
 
-def test_code_that_may_run_and_does_not_is_named(marker):
-    """The class is one of transformers, and the code is that of another repository, which cannot be had."""
+def test_allowed_code_that_is_not_used_is_named(marker):
+    """The class is one of transformers, and the code is in another repository, which is unreachable."""
     save_known()
     config = json.loads(Path("known/config.json").read_text())
     references = {"AutoModelForCausalLM": "stranger/other--code_of_model.Other"}
@@ -245,7 +245,7 @@ def test_code_that_may_run_and_does_not_is_named(marker):
     assert "which is code (`stranger/other: code_of_tokenizer.py`), cannot be had or run" in found["no-tokenizer"]
 
 
-def test_what_the_hub_is_asked_for_again_is_not_printed():
+def test_retries_of_requests_to_the_hub_are_not_printed():
     hub = logging.getLogger("huggingface_hub.utils._http")
     assert hub.isEnabledFor(logging.ERROR)
     with code_of_models(allowed=True):
@@ -253,8 +253,8 @@ def test_what_the_hub_is_asked_for_again_is_not_printed():
     assert hub.isEnabledFor(logging.ERROR)
 
 
-def test_a_model_within_the_model_brings_code_neither(marker):
-    """transformers builds it without passing on what it was told, and asks where it does not know it."""
+def test_code_of_a_model_within_a_model_does_not_run(marker):
+    """transformers builds it without passing the permission on, and asks if it does not know the type."""
     config = {"architectures": ["EncoderDecoderModel"], "model_type": "encoder-decoder", "encoder": LLAMA}
     Path("own/config.json").write_text(json.dumps({**config, "decoder": {"model_type": "vit", "auto_map": AUTO_MAP}}))
     done = command("compile", "own.yaml")
@@ -264,8 +264,8 @@ def test_a_model_within_the_model_brings_code_neither(marker):
 
 
 @pytest.mark.parametrize("name", ["compile", "run"])
-def test_as_a_process_nothing_is_read_from_standard_input(marker, name):
-    """Whatever the environment says, and with nothing behind standard input as well."""
+def test_commands_read_nothing_from_standard_input(marker, name):
+    """Even if the environment allows code, and answers are waiting there."""
     save_known()
     assert command("compile", "known.yaml").return_value == 0
     executable = Path(sys.executable).with_name("devmap")
@@ -287,7 +287,7 @@ def test_as_a_process_nothing_is_read_from_standard_input(marker, name):
     assert not marker.exists()
 
 
-def test_with_the_flag_a_model_is_found_through_auto_map_loaded_and_speaks(marker):
+def test_with_the_flag_a_model_of_code_is_found_by_auto_map_and_generates(marker):
     plain = save_own()
     forget_code(marker)
     compiled = command("compile", "own.yaml", "--trust-remote-code", "--format", "json")
@@ -305,7 +305,7 @@ def test_with_the_flag_a_model_is_found_through_auto_map_loaded_and_speaks(marke
     assert type(model).__name__ == "TinyForCausalLM"
 
 
-def test_a_class_of_the_code_and_an_auto_class_are_the_same_plan(marker):
+def test_a_class_of_the_code_and_an_auto_class_give_the_same_plan(marker):
     plans = []
     for class_name in ("TinyForCausalLM", "AutoModelForCausalLM", "AutoModel"):
         Path("own.yaml").write_text(PROFILE.replace("MODEL", f"own, class: {class_name}"))
@@ -315,8 +315,8 @@ def test_a_class_of_the_code_and_an_auto_class_are_the_same_plan(marker):
     assert plans[0] == plans[1] == plans[2]
 
 
-def test_loading_a_kept_graph_without_the_flag_is_refused_too(marker):
-    """The graph beside the profile needs no code; the model does."""
+def test_loading_with_a_vendored_graph_needs_the_flag(marker):
+    """The graph beside the profile needs no code, but the model does."""
     save_own()
     assert command("compile", "own.yaml", "--trust-remote-code", "--vendor").return_value == 0
     forget_code(marker)

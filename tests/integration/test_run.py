@@ -1,4 +1,4 @@
-"""Real weights: a plan is loaded, sits where it says, and computes what the plain model computes."""
+"""Plans are loaded with real weights, placed as planned, and compute what the plain model computes."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def test_the_printed_map_works_in_plain_transformers(llama, capsys):
         assert torch.equal(logits, LlamaForCausalLM.from_pretrained(llama)(TOKENS).logits)
 
 
-def test_the_whole_model_on_one_device(llama):
+def test_a_model_on_one_device_is_loaded_whole(llama):
     write_profile(
         "version: 1\nmodel: {source: random}\n"
         "hardware: {devices: {cpu: {memory: 1GiB}}}\nplacement: {strategy: single}\n"
@@ -134,7 +134,7 @@ placement:
 """
 
 
-def test_embeddings_of_minilm_over_cpu_and_disk(workspace):
+def test_minilm_over_cpu_and_disk_gives_the_plain_embeddings(workspace):
     write_profile(MINILM)
     deployment = prepare(Path("profile.yaml"), variables={}, permissions=Permissions(allow_outside=True))
     assert {str(each.location.stored_on) for each in deployment.plan.assignments} == {"cpu", "disk"}
@@ -154,8 +154,8 @@ def test_a_tied_head_follows_its_embedding(workspace):
     assert tensor_home(model, "lm_head.weight") == tensor_home(model, "model.embed_tokens.weight") == DISK
 
 
-def test_a_head_that_the_checkpoint_holds_apart_is_loaded_apart(workspace):
-    """flan-t5: its config ties, its checkpoint holds two tensors, and transformers then loads two."""
+def test_a_head_with_its_own_weights_in_the_checkpoint_is_not_tied(workspace):
+    """flan-t5: its config ties the two, but its checkpoint holds two tensors, and transformers then loads two."""
     config = T5Config(d_model=32, d_ff=64, num_layers=1, num_heads=2, d_kv=16, vocab_size=64, decoder_start_token_id=0)
     model = T5ForConditionalGeneration(config)
     model.lm_head.weight = torch.nn.Parameter(torch.ones(64, 32))
@@ -169,7 +169,7 @@ def test_a_head_that_the_checkpoint_holds_apart_is_loaded_apart(workspace):
     assert "lm_head.weight" not in {name for tie in graph.ties for name in tie}
 
 
-def test_a_model_that_sits_elsewhere_is_noticed(llama, monkeypatch):
+def test_a_model_placed_otherwise_than_planned_is_an_error(llama, monkeypatch):
     write_profile(SPLIT)
     model = load_model("profile.yaml")
     write_profile(SPLIT.replace("model.layers.0", "model.layers.1"))
@@ -179,7 +179,7 @@ def test_a_model_that_sits_elsewhere_is_noticed(llama, monkeypatch):
     assert error.value.code == "misplaced-tensors"
 
 
-def test_tensors_that_transformers_has_made_up_are_noticed(llama, monkeypatch):
+def test_tensors_that_transformers_initialised_are_an_error(llama, monkeypatch):
     write_profile(ON_CPU)
     deployment = prepare(Path("profile.yaml"), variables={})
     real = runner.load
@@ -194,7 +194,7 @@ def test_tensors_that_transformers_has_made_up_are_noticed(llama, monkeypatch):
     assert error.value.code == "wrong-checkpoint"
 
 
-def test_a_lock_that_is_missing_stale_or_edited(llama):
+def test_a_missing_stale_or_edited_lock_is_an_error(llama):
     Path("profile.yaml").write_text(SPLIT)
     with pytest.raises(RunnerError) as error:
         load_model("profile.yaml")
@@ -213,7 +213,7 @@ def test_a_lock_that_is_missing_stale_or_edited(llama):
 
 
 @pytest.mark.parametrize(("found", "code"), [(None, "accelerate-missing"), ("1.14.0", "accelerate-too-old")])
-def test_accelerate_that_is_missing_or_old_names_the_command(llama, monkeypatch, found, code):
+def test_missing_or_old_accelerate_is_an_error_with_the_install_command(llama, monkeypatch, found, code):
     def version(package):
         if found is None:
             raise PackageNotFoundError(package)
@@ -227,7 +227,7 @@ def test_accelerate_that_is_missing_or_old_names_the_command(llama, monkeypatch,
     assert "pip install 'accelerate>=1.15.0'" in error.value.help
 
 
-def test_a_machine_without_the_planned_accelerator(llama):
+def test_a_missing_accelerator_is_an_error(llama):
     write_profile("version: 1\nmodel: {source: random}\nhardware: {devices: {cuda:93: {memory: 1GiB}}}\n")
     with pytest.raises(RunnerError, match="cuda:93") as error:
         load_model("profile.yaml")
@@ -248,7 +248,7 @@ def test_run_of_a_model_without_tokenizer_shows_tokens(llama):
     assert "warning[no-tokenizer]: there is no tokenizer, so the prompt is not used" in done.stderr
 
 
-def test_run_of_an_encoder_says_what_came_out(workspace):
+def test_run_of_an_encoder_prints_its_output(workspace):
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "vocab_size": 64}
     BertModel(BertConfig(**sizes, num_hidden_layers=2)).save_pretrained(workspace / "random")
     write_profile(ON_CPU)
@@ -257,8 +257,8 @@ def test_run_of_an_encoder_says_what_came_out(workspace):
     assert "last_hidden_state: (1, 8, 32) float32, mean " in done.stdout
 
 
-def test_run_tells_what_it_took_beside_what_was_planned(llama):
-    """Of the CPU it is the whole process that is measured, libraries and all."""
+def test_run_reports_time_and_memory_beside_the_planned_ones(llama):
+    """For the CPU, the memory of the whole process is measured, including libraries."""
     write_profile(SPLIT)
     found = json.loads(run_command("--max-new-tokens", "3", "--format", "json").stdout)
     assert (found["tokens"], found["prompt_tokens"]) == (3, 8)
@@ -287,14 +287,14 @@ def test_run_of_a_model_of_images_loads_and_verifies_only(workspace):
     assert run_command("--no-generate").return_value == 0
 
 
-def test_what_transformers_cannot_load_is_told(llama):
+def test_a_failure_of_transformers_to_load_is_reported(llama):
     write_profile(SPLIT.replace("{source: random}", "{source: random, attention: flash_attention_2}"))
     done = run_command()
     assert done.return_value == 4
     assert "error[load-failed]" in done.stderr
 
 
-def test_a_tokenizer_that_transformers_makes_up_is_none(workspace):
+def test_a_tokenizer_made_up_by_transformers_is_not_used(workspace):
     """It knows no words: without files, Qwen's prompt would be empty."""
     config = {key: value for key, value in MIXTURE.items() if key not in ("architectures", "dtype", "model_type")}
     Qwen3MoeForCausalLM(Qwen3MoeConfig(**config)).save_pretrained(workspace / "random")
@@ -305,18 +305,18 @@ def test_a_tokenizer_that_transformers_makes_up_is_none(workspace):
 
 @pytest.fixture
 def t5(workspace):
-    """A model for which transformers makes up a tokenizer of special tokens, and two more."""
+    """A model for which transformers makes up a tokenizer of special tokens and two more."""
     sizes = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4, "vocab_size": 2000}
     T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0)).save_pretrained("random")
     write_profile("version: 1\nmodel: {source: random}\nhardware: {devices: {cpu: {memory: 1GiB}}}\n")
 
 
-def test_a_tokenizer_without_files_is_none_though_it_has_more_than_special_tokens(t5):
+def test_a_tokenizer_without_files_is_not_used_even_if_it_has_some_words(t5):
     done = run_command("--max-new-tokens", "3")
     assert (done.return_value, done.stdout.startswith("tokens [0, "), "no-tokenizer" in done.stderr) == (0, True, False)
 
 
-def test_a_tokenizer_that_lacks_its_vocabulary_is_said_to(t5):
+def test_a_tokenizer_without_its_vocabulary_is_reported(t5):
     Path("random/tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "T5Tokenizer"}))
     done = run_command("--max-new-tokens", "3")
     assert (done.return_value, done.stdout.startswith("tokens [0, ")) == (0, True)
@@ -324,7 +324,7 @@ def test_a_tokenizer_that_lacks_its_vocabulary_is_said_to(t5):
     assert "warning[no-tokenizer]: the tokenizer's vocabulary is not there, in none of `spiece.model`" in said
 
 
-def test_a_tokenizer_of_which_nothing_can_be_made_is_told_in_our_words(llama):
+def test_an_unloadable_tokenizer_is_reported_in_our_words(llama):
     Path("random/tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
     write_profile(SPLIT)
     said = " ".join(run_command("--max-new-tokens", "3").stderr.split())
@@ -332,12 +332,12 @@ def test_a_tokenizer_of_which_nothing_can_be_made_is_told_in_our_words(llama):
     assert "from one of" not in said
 
 
-def test_what_is_announced_by_a_colon_is_told_too():
+def test_the_first_line_of_an_error_includes_what_follows_a_colon():
     assert loading.first_line(ValueError("none of these:\n\n  one,\n two.\nthree")) == "none of these: one, two"
     assert loading.first_line(ValueError("nothing was found in:\n")) == "nothing was found in"
 
 
-def test_a_model_that_runs_elsewhere_is_noticed(llama):
+def test_modules_that_run_on_another_device_than_planned_are_found(llama):
     write_profile(SPLIT.replace("{folder", "{buffers: false, folder"))  # which accelerate's hooks run
     deployment = prepare(Path("profile.yaml"), variables={})
     model = load_verified(deployment)
@@ -346,7 +346,7 @@ def test_a_model_that_runs_elsewhere_is_noticed(llama):
     assert misrun_modules(model, deployment.plan) == (Misrun("model.layers.0.mlp.up_proj", "cpu", "cuda:0, streamed"),)
 
 
-def test_run_asks_first_whether_this_machine_can_carry_the_plan(llama, monkeypatch):
+def test_run_first_checks_that_this_machine_fits_the_plan(llama, monkeypatch):
     write_profile(SPLIT)
     small = SeenHost(memory_bytes=100_000, available_bytes=100_000, threads=1)
     monkeypatch.setattr(probe, "seen_host", lambda: small)
@@ -359,14 +359,14 @@ def test_run_asks_first_whether_this_machine_can_carry_the_plan(llama, monkeypat
         load_model("profile.yaml")
 
 
-def test_run_without_asking(llama, monkeypatch):
+def test_no_probe_skips_the_check_of_the_machine(llama, monkeypatch):
     write_profile(SPLIT)
     monkeypatch.setattr(probe, "seen_host", lambda: pytest.fail("it was asked"))
     done = run_command("--no-probe", "--max-new-tokens", "3")
     assert (done.return_value, load_model("profile.yaml", probe=False).device.type) == (0, "cpu")
 
 
-def test_run_goes_on_where_the_disk_is_full_since_safetensors_are_read_in_place(llama, monkeypatch):
+def test_run_needs_no_free_disk_since_safetensors_are_read_in_place(llama, monkeypatch):
     write_profile(SPLIT)
     monkeypatch.setattr(probe, "seen_disk", lambda folder: SeenDisk(memory_bytes=1, free_bytes=0))
     done = run_command("--max-new-tokens", "3")
@@ -375,13 +375,13 @@ def test_run_goes_on_where_the_disk_is_full_since_safetensors_are_read_in_place(
 
 
 class Terminal(io.StringIO):
-    """What is printed where someone looks."""
+    """A stream that reports to be a terminal."""
 
     def isatty(self):
         return True
 
 
-def test_bytes_are_shown_on_a_terminal_as_they_are_loaded(llama, monkeypatch):
+def test_loaded_bytes_are_shown_on_a_terminal(llama, monkeypatch):
     write_profile(SPLIT)
     deployment = prepare(Path("profile.yaml"), variables={})
     on_disk = {name for each in deployment.plan.assignments if each.location.stored_on == DISK for name in each.tensors}
@@ -401,8 +401,8 @@ def test_bytes_are_shown_on_a_terminal_as_they_are_loaded(llama, monkeypatch):
     assert re.search(rf"loading weights .*{amount} of {amount}, [\d.]+ .iB/s", terminal.getvalue())
 
 
-def test_text_goes_to_stdout_after_bytes_were_shown(monkeypatch):
-    """The bar begins where stdout is redirected to stderr, and must leave it as it was."""
+def test_text_goes_to_stdout_after_the_progress_bar(monkeypatch):
+    """The bar starts while stdout is redirected to stderr, and must leave it unchanged."""
     outer = sys.stdout
     monkeypatch.setattr(sys, "stderr", Terminal())
     with loading_shown({}) as transfer, redirect_stdout(sys.stderr):
@@ -477,7 +477,7 @@ def test_a_checkpoint_that_does_not_hold_the_model_is_refused(llama, profile, da
     assert (ran.return_value, json.loads(ran.stdout)["diagnostics"][0]["code"]) == (4, "wrong-checkpoint")
 
 
-def test_what_the_checkpoint_holds_besides_is_a_warning(llama):
+def test_additional_tensors_of_the_checkpoint_are_a_warning(llama):
     rewrite(llama, lambda tensors: tensors.update({"model.layers.6.mlp.up_proj.weight": torch.zeros(128, 64)}))
     Path("profile.yaml").write_text(ON_CPU)
     done = invoke(compile_command, ["profile.yaml"])
@@ -488,7 +488,7 @@ def test_what_the_checkpoint_holds_besides_is_a_warning(llama):
 @pytest.mark.parametrize(
     ("content", "code"), [(b"", "unreadable-checkpoint"), (b"\xff" * 4096, "unreadable-checkpoint")]
 )
-def test_a_file_that_is_no_checkpoint_is_named(llama, content, code):
+def test_an_unreadable_checkpoint_file_is_named(llama, content, code):
     write_profile(ON_CPU)
     (llama / "model.safetensors").write_bytes(content)
     for command, exit_code in ((compile_command, 1), (run_model, 4)):
@@ -496,7 +496,7 @@ def test_a_file_that_is_no_checkpoint_is_named(llama, content, code):
         assert (done.return_value, f"error[{code}]: `model.safetensors`" in done.stderr) == (exit_code, True)
 
 
-def test_a_head_that_is_new_on_purpose(llama):
+def test_a_new_head_is_accepted_with_allow_new(llama):
     profile = ON_CPU.replace("random", "random, class: LlamaForSequenceClassification")
     Path("profile.yaml").write_text(profile)
     done = invoke(compile_command, ["profile.yaml"])
@@ -509,7 +509,7 @@ def test_a_head_that_is_new_on_purpose(llama):
     assert (ran.return_value, "but for what is new on purpose: `score.weight`" in ran.stderr) == (0, True), ran.stderr
 
 
-def test_several_parts_that_are_new_are_named_as_they_are_to_be_written(workspace):
+def test_new_parts_are_named_as_allow_new_takes_them(workspace):
     """The usual start of a fine-tune: an encoder without its pooler, and a head for labels."""
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "vocab_size": 64}
     BertForMaskedLM(BertConfig(**sizes, num_hidden_layers=2)).save_pretrained(workspace / "random")
@@ -524,7 +524,7 @@ def test_several_parts_that_are_new_are_named_as_they_are_to_be_written(workspac
     assert (ran.return_value, "warning[unexpected-tensors]" in ran.stderr) == (0, True), ran.stderr
 
 
-def test_a_model_that_is_new_for_the_most_part_is_no_model_of_this_checkpoint(llama):
+def test_allow_new_for_most_of_a_model_is_refused(llama):
     rewrite(llama, another_model)
     Path("profile.yaml").write_text(ON_CPU.replace("random", 'random, allow_new: ["**"]'))
     refused = invoke(compile_command, ["profile.yaml"])
@@ -534,7 +534,7 @@ def test_a_model_that_is_new_for_the_most_part_is_no_model_of_this_checkpoint(ll
     )
 
 
-def test_what_is_said_to_be_new_and_is_not(llama):
+def test_allow_new_of_a_tensor_in_the_checkpoint_is_a_warning(llama):
     Path("profile.yaml").write_text(ON_CPU.replace("random", "random, allow_new: lm_head"))
     done = invoke(compile_command, ["profile.yaml"])
     assert (done.return_value, "warning[not-new]" in done.stderr) == (0, True)
@@ -550,8 +550,8 @@ def test_what_is_said_to_be_new_and_is_not(llama):
         ([], ["experts.8.up_proj"]),
     ],
 )
-def test_an_expert_of_a_mixture_that_is_not_there(workspace, removed, added):
-    """They are merged while loading: in the order of their names, so that a gap would shift all that follow."""
+def test_a_missing_expert_is_an_error(workspace, removed, added):
+    """Experts are merged by the order of their names, so a gap would shift all that follow."""
     config = Qwen3MoeConfig(**{key: value for key, value in MIXTURE.items() if key not in ("architectures", "dtype")})
     Qwen3MoeForCausalLM(config).save_pretrained(workspace / "random")
     write_profile(ON_CPU)
@@ -567,7 +567,7 @@ def test_an_expert_of_a_mixture_that_is_not_there(workspace, removed, added):
     assert caught.value.code == "wrong-checkpoint"
 
 
-def test_a_pickle_is_refused_with_the_command_that_mends_it(llama):
+def test_a_pickle_is_refused_with_the_command_that_converts_it(llama):
     torch.save(load_file(llama / "model.safetensors"), llama / "pytorch_model.bin")
     (llama / "model.safetensors").unlink()
     Path("profile.yaml").write_text(ON_CPU)
@@ -582,7 +582,7 @@ def test_a_pickle_is_refused_with_the_command_that_mends_it(llama):
     load_model("profile.yaml")
 
 
-def test_a_checkpoint_that_is_another_one_makes_the_lock_stale(llama):
+def test_a_changed_checkpoint_makes_the_lock_stale(llama):
     write_profile(ON_CPU)
     rewrite(llama, lambda tensors: tensors.update({LAST: tensors[LAST].float()}))
     done = invoke(check, ["profile.yaml"])
@@ -591,8 +591,8 @@ def test_a_checkpoint_that_is_another_one_makes_the_lock_stale(llama):
     assert (ran.return_value, "stale-lock" in ran.stderr) == (3, True)
 
 
-def test_a_lock_is_not_stale_where_the_checkpoint_is_not_at_hand(llama):
-    """Weights are seldom in git: the lock is checked in CI, and the names where the model is loaded."""
+def test_a_lock_is_not_stale_without_the_checkpoint(llama):
+    """Weights are seldom in git: CI checks the lock, and the names are checked when the model is loaded."""
     write_profile(ON_CPU)
     locked = json.loads(Path("profile.lock.json").read_text())["inputs"]["checkpoint"]
     assert locked == read_checkpoint(llama, {}).digest
@@ -605,7 +605,7 @@ def test_a_lock_is_not_stale_where_the_checkpoint_is_not_at_hand(llama):
     assert invoke(run_model, ["profile.yaml"]).return_value == 4
 
 
-def test_tensors_on_disk_are_held_to_the_file_that_they_are_read_from(llama):
+def test_tensors_on_disk_are_compared_with_their_file(llama):
     write_profile(SPLIT)
     deployment = prepare(Path("profile.yaml"), variables={})
     model = load_verified(deployment)
@@ -621,8 +621,8 @@ def warnings_of(done):
     return [each["message"] for each in json.loads(done.stdout)["diagnostics"] if each["code"] == "library-warning"]
 
 
-def test_what_the_libraries_warn_of_is_passed_on_but_for_what_is_answered(workspace, monkeypatch):
-    """A state space without its kernels is slow; that weights are offloaded is what the plan says."""
+def test_library_warnings_are_passed_on_unless_the_plan_explains_them(workspace, monkeypatch):
+    """A state space without its kernels is slow, which is passed on; offloaded weights are what the plan says."""
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 64}
     MambaForCausalLM(MambaConfig(**sizes)).save_pretrained(workspace / "random")
     write_profile(
@@ -641,7 +641,7 @@ def test_what_the_libraries_warn_of_is_passed_on_but_for_what_is_answered(worksp
     assert "falling back" not in done.stderr
 
 
-def test_what_is_warned_of_in_python_is_passed_on_and_one_that_fails_tells_it_too(llama, monkeypatch):
+def test_python_warnings_are_passed_on_even_if_the_run_fails(llama, monkeypatch):
     original = LlamaForCausalLM.from_pretrained.__func__
 
     def warning(cls, *arguments, **options):
@@ -661,8 +661,8 @@ def test_what_is_warned_of_in_python_is_passed_on_and_one_that_fails_tells_it_to
     assert "error[misplaced-tensors]" in done.stderr
 
 
-def test_what_the_libraries_warn_of_while_a_model_is_built_is_a_diagnostic_and_not_printed(workspace, monkeypatch):
-    """In a process in which compiling is the first to import transformers, which sets up its printing then."""
+def test_library_warnings_while_building_a_model_are_diagnostics(workspace, monkeypatch):
+    """In a process in which compiling is the first to import transformers, which then sets up its logging."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(workspace / "cache"))  # what is remembered is not built again
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
     BertLMHeadModel(BertConfig(**sizes, vocab_size=64)).save_pretrained(workspace / "random")
@@ -675,15 +675,15 @@ def test_what_the_libraries_warn_of_while_a_model_is_built_is_a_diagnostic_and_n
     assert done.stderr == ""
 
 
-def test_a_run_on_the_cpu_says_nothing_of_cards(llama):
+def test_a_run_on_the_cpu_does_not_mention_cards(llama):
     write_profile(SPLIT)
     done = run_command("--no-generate", "--format", "json")
     assert json.loads(done.stdout)["diagnostics"] == []
     assert "real cards" not in run_command("--no-generate").stderr
 
 
-def test_names_that_cannot_be_compared_are_said_to_be_unchecked(workspace):
-    """Without the quantizer's package transformers does not know them."""
+def test_checkpoint_names_that_cannot_be_compared_are_reported_as_unchecked(workspace):
+    """Without the quantizer's package, transformers does not know the names."""
     config = {**LLAMA, "quantization_config": {"quant_method": "gptq", "bits": 4}}
     (workspace / "packed").mkdir()
     (workspace / "packed" / "config.json").write_text(json.dumps(config))
@@ -702,7 +702,7 @@ def test_names_that_cannot_be_compared_are_said_to_be_unchecked(workspace):
     assert (deployment.unchecked, "optimum" in (read_from_disk.unchecked or "")) == (None, True)
 
 
-def test_a_head_of_another_size_that_is_new_on_purpose(workspace):
+def test_a_head_of_another_size_is_accepted_with_allow_new(workspace):
     sizes = {key: value for key, value in LLAMA.items() if key not in ("architectures", "dtype")}
     LlamaForSequenceClassification(LlamaConfig(**sizes, num_labels=2)).save_pretrained(workspace / "random")
     config = json.loads((workspace / "random" / "config.json").read_text())

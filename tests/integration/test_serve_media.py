@@ -1,4 +1,6 @@
-"""Images and sound sent to `devmap serve`: answered as transformers does, within the plan, or refused by place."""
+"""`devmap serve` answers requests with images and sound as transformers does, within the plan, or refuses them by
+place.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +49,7 @@ def user(*parts):
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """A model of images and text with a template that leaves out what is no part, and its process."""
+    """A model of images and text, whose template ignores unknown parts, and its process."""
     folder = tmp_path_factory.mktemp("images")
     with pytest.MonkeyPatch.context() as patched:
         patched.chdir(folder)
@@ -68,7 +70,7 @@ def answered(model, text, **options):
     return model.processor.decode(tokens, skip_special_tokens=True), inputs["input_ids"].shape[1]
 
 
-def test_images_are_seen_in_their_order_among_the_words(model):
+def test_images_are_given_to_the_model_in_their_order_among_the_words(model):
     two = user(text_part("who"), image_part(sent(GRADIENT)), text_part("wrote"), image_part(sent(PLAIN, "JPEG")))
     asked = {"model": "tiny", "max_tokens": 4, "temperature": 0}
     found = model.client.chat.completions.create(**asked, messages=[two])
@@ -129,7 +131,7 @@ def test_images_are_seen_in_their_order_among_the_words(model):
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_what_cannot_be_taken_is_refused_at_its_place(model, message, param, says):
+def test_invalid_media_are_refused_with_their_place(model, message, param, says):
     with pytest.raises(openai.BadRequestError) as refusal:
         model.client.chat.completions.create(model="tiny", max_tokens=1, messages=[message])
     assert (refusal.value.param, says in refusal.value.message) == (param, True), refusal.value.message
@@ -139,14 +141,14 @@ def chat(*parts):
     return asked(ChatCompletion, json.dumps({"model": "tiny", "messages": [user(*parts)]}).encode())
 
 
-def test_without_images_in_the_plan_none_are_taken():
+def test_images_are_refused_if_the_plan_has_none():
     with pytest.raises(RequestError, match="no images are taken: none are planned"):
         MediaReader().inputs(chat(image_part(sent(PLAIN))), type(llava()[0]), None)
     with pytest.raises(RequestError, match="LlamaForCausalLM takes no images"):
         MediaReader().inputs(chat(image_part(sent(PLAIN))), LlamaForCausalLM, None)
 
 
-def test_what_is_larger_than_planned_as_the_model_is_given_it_is_refused():
+def test_images_larger_than_planned_after_processing_are_refused():
     model, processor = llava()
     processor.chat_template = CHAT
     workload = WorkloadShape(batch_size=4, context_length=100, prompt_length=100, images=1)
@@ -168,7 +170,7 @@ def sound_part(seconds, rate=16_000):
     return {"type": "input_audio", "input_audio": {"data": data, "format": "wav"}}
 
 
-def test_sound_is_heard_as_long_as_planned():
+def test_sound_is_accepted_up_to_the_planned_length():
     config = {**QWEN2_AUDIO, "audio_config": {**QWEN2_AUDIO["audio_config"], "max_source_positions": 50}}
     model = built(config, torch.float32)
     words = tokenizer(extra_special_tokens={"audio_token": "<image>"})

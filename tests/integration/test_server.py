@@ -1,4 +1,4 @@
-"""What the server does where a model fails, and how a text is cut before what stops it."""
+"""The server reports failures to both sides, ends texts at stop words, and enforces the planned context."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ SIZES = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "nu
         (["\n\n"], ["a\n", "b\n", "\nc"], ["a", "\nb"]),
     ],
 )
-def test_a_text_ends_before_the_first_word_that_stops_it(stops, pieces, handed_on):
+def test_a_text_ends_before_its_first_stop_word(stops, pieces, handed_on):
     found = []
     text = UntilStop(stops, found.append)
     for piece in pieces:
@@ -45,7 +45,7 @@ def test_a_text_ends_before_the_first_word_that_stops_it(stops, pieces, handed_o
 
 
 def asking(model, told):
-    """What asks a service of a model for a completion; `told` takes what the model fails by."""
+    """Return a function that requests a completion from a model's service; `told` collects the model's failures."""
     writer = Writer(model, TOKENIZER, MediaReader(), PlannedContext(tokens=100, prompt_tokens=100), queue_length=0)
     service = Service(model="tiny", writer=writer, is_local=True, tell=told.append)
 
@@ -58,7 +58,7 @@ def asking(model, told):
 
 
 class FailsTwice(LlamaForCausalLM):
-    """A model of which memory runs out twice."""
+    """A model that runs out of memory twice."""
 
     failures = 2
 
@@ -69,7 +69,7 @@ class FailsTwice(LlamaForCausalLM):
         return super().generate(*arguments, **options)
 
 
-def test_a_model_that_fails_is_told_on_both_sides_and_the_next_request_is_served():
+def test_a_failure_is_reported_to_both_sides_and_the_next_request_is_served():
     told = []
     model = FailsTwice(LlamaConfig(**SIZES, vocab_size=len(TOKENIZER), eos_token_id=None))
     ask = asking(model, told)
@@ -86,7 +86,7 @@ def test_a_model_that_fails_is_told_on_both_sides_and_the_next_request_is_served
     assert ask(prompt="a").json()["usage"]["completion_tokens"] == 2
 
 
-def test_a_text_that_comes_to_its_end_is_told_from_one_that_is_cut_off():
+def test_finish_reason_is_stop_at_the_end_and_length_if_cut_off():
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(**SIZES, vocab_size=len(TOKENIZER), eos_token_id=None))
     written = model.generate(TOKENIZER("a", return_tensors="pt")["input_ids"], max_new_tokens=20)[0, 1:].tolist()
@@ -103,7 +103,7 @@ def test_a_text_that_comes_to_its_end_is_told_from_one_that_is_cut_off():
     assert (found["choices"][0]["finish_reason"], found["usage"]["completion_tokens"]) == ("stop", place + 1)
 
 
-def test_a_plan_says_what_room_there_is():
+def test_prompts_and_new_tokens_beyond_the_planned_context_are_refused():
     context = PlannedContext(tokens=100, prompt_tokens=50)
     assert context.new_tokens(50, wanted=50, default=24) == 50
     assert context.new_tokens(50, wanted=None, default=24) == 24

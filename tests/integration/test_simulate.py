@@ -1,4 +1,6 @@
-"""The dry run: plans that do not run are refused or mended before anything is loaded, and what is seen is true."""
+"""The dry run refuses or repairs plans that do not run, before loading, and predicts memory, devices and copies
+correctly.
+"""
 
 from __future__ import annotations
 
@@ -63,7 +65,7 @@ def error_of(compilation):
 
 
 @pytest.mark.parametrize("name", BROKEN_MAPS)
-def test_a_map_that_does_not_run_is_refused_with_what_to_change(workspace, name):
+def test_a_map_that_does_not_run_is_refused_with_a_remedy(workspace, name):
     broken = BROKEN_MAPS[name]
     device_map = "".join(f'\n  "{pattern}": {device}' for pattern, device in broken.device_map.items())
     write(broken.config, placement=f"strategy: manual\ndevice_map:{device_map}")
@@ -120,7 +122,7 @@ BIOGPT = {
     "vocab_size": 64,
     "max_position_embeddings": 128,
 }
-"""transformers does not declare that its blocks are to stay whole."""
+"""A model whose blocks transformers does not declare as no-split."""
 
 
 def test_blocks_that_a_strategy_split_are_kept_together(workspace):
@@ -137,7 +139,7 @@ def test_blocks_that_a_strategy_split_are_kept_together(workspace):
     assert pipeline().plan == compilation.plan  # as it is remembered
 
 
-def test_what_pins_hold_apart_is_not_mended(workspace):
+def test_modules_that_pins_separate_are_not_repaired(workspace):
     write(
         BIOGPT,
         placement="strategy: auto\npins:\n  - {match: biogpt.layers.0, device: 0}\n"
@@ -148,7 +150,7 @@ def test_what_pins_hold_apart_is_not_mended(workspace):
 
 
 def write_joining(join, *, layers=6, context=None, pins=""):
-    """A model whose own forward joins what blocks made, on two cards that would each hold it all."""
+    """Write a model whose own forward combines outputs of blocks, for two cards that would each hold all of it."""
     Path("model").mkdir(exist_ok=True)
     Path("model/config.json").write_text(json.dumps(config_of(layers)))
     Path("model/modeling_joining.py").write_text(code_of(join))
@@ -162,7 +164,7 @@ def write_joining(join, *, layers=6, context=None, pins=""):
 
 @pytest.mark.parametrize("context", [None, 16])
 @pytest.mark.parametrize("join", JOINS)
-def test_blocks_that_the_models_own_forward_joins_are_kept_together(workspace, join, context):
+def test_blocks_that_the_models_own_forward_combines_are_kept_together(workspace, join, context):
     write_joining(join, context=context)
     before = run_pipeline(Request(path=Path("profile.yaml"), permissions=Permissions(trust_remote_code=True))).plan
     compilation = pipeline(trust_remote_code=True)
@@ -176,7 +178,7 @@ def test_blocks_that_the_models_own_forward_joins_are_kept_together(workspace, j
     assert "; moved: " in warning.message
 
 
-def test_blocks_that_are_joined_end_as_with_a_pin_that_keeps_them_together(workspace):
+def test_repair_gives_the_same_plan_as_a_keep_together_pin(workspace):
     write_joining("caches that are stacked as they come", context=16)
     mended = pipeline(trust_remote_code=True)
     assert "`transformer.layers.[0-5]` on one device; moved: `transformer.layers.[0-2]` from cuda:0 to cuda:1" in (
@@ -190,7 +192,7 @@ def test_blocks_that_are_joined_end_as_with_a_pin_that_keeps_them_together(works
     assert mended.plan.assignments == pinned.plan.assignments
 
 
-def test_many_layers_are_joined_in_a_few_rounds(workspace):
+def test_many_layers_are_repaired_in_a_few_rounds(workspace):
     write_joining("a weight of the first block", layers=40)
     compilation = pipeline(trust_remote_code=True)
     assert isinstance(compilation, Compiled)
@@ -198,13 +200,13 @@ def test_many_layers_are_joined_in_a_few_rounds(workspace):
     assert "`transformer.layers.[0-39]` on one device" in compilation.diagnostics[0].message
 
 
-def test_only_what_is_joined_is_kept_on_one_device(workspace):
+def test_only_the_combined_blocks_are_kept_on_one_device(workspace):
     write_joining("the first output beside the last")
     [warning] = pipeline(trust_remote_code=True).diagnostics
     assert "`transformer.layers.[0,5]` on one device" in warning.message
 
 
-def test_pins_that_hold_apart_what_is_joined_are_named(workspace):
+def test_pins_that_separate_combined_blocks_are_named(workspace):
     pins = "{match: transformer.layers.0, device: 0}, {match: transformer.layers.5, device: 1}"
     write_joining("caches that are stacked as they come", context=16, pins=pins)
     error = error_of(pipeline(trust_remote_code=True))
@@ -214,7 +216,7 @@ def test_pins_that_hold_apart_what_is_joined_are_named(workspace):
     assert "`transformer.layers.5` (line 5, cuda:1)" in error.help
 
 
-def test_a_pin_that_the_others_follow_is_shown(workspace):
+def test_a_pin_that_decides_for_the_kept_together_blocks_is_shown(workspace):
     write_joining("caches that are stacked as they come", pins="{match: transformer.layers.0, device: 0}")
     compilation = pipeline(trust_remote_code=True)
     [warning] = compilation.diagnostics
@@ -226,7 +228,7 @@ def test_a_pin_that_the_others_follow_is_shown(workspace):
 # What cannot be told
 
 
-def test_a_model_whose_code_looks_at_data_is_a_warning(workspace):
+def test_a_model_whose_code_depends_on_data_gives_a_warning(workspace):
     config = {"architectures": ["JetMoeForCausalLM"], "model_type": "jetmoe", "dtype": "bfloat16", "hidden_size": 64}
     config |= {"num_hidden_layers": 2, "intermediate_size": 64, "kv_channels": 16, "vocab_size": 64}
     write({**config, "num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2})
@@ -239,7 +241,7 @@ def test_a_model_whose_code_looks_at_data_is_a_warning(workspace):
 # What is seen
 
 
-def test_what_every_device_holds_and_what_goes_over_each_link(workspace):
+def test_dry_run_gives_memory_by_device_and_copies_by_link(workspace):
     write(placement='strategy: sequential\npins: [{match: "{model.layers.[3-5],model.norm,lm_head}", device: 1}]')
     compilation, simulation = simulated()
     assert simulation.outcome == "runs"
@@ -257,7 +259,7 @@ def test_what_every_device_holds_and_what_goes_over_each_link(workspace):
     assert {phase for phase, _, _ in simulation.calls} == {"prefill", "decode"}
 
 
-def test_streamed_weights_go_over_their_link_at_every_forward(workspace):
+def test_dry_run_copies_streamed_weights_at_every_forward(workspace):
     write(
         devices="cuda:0: {memory: 64MiB}, cpu: {memory: 1GiB}, disk: {memory: 1GiB}",
         placement="strategy: sequential\noffload: {folder: offload}\n"
@@ -272,7 +274,7 @@ def test_streamed_weights_go_over_their_link_at_every_forward(workspace):
     assert {str(device) for _, path, device in simulation.calls if path.startswith("model.layers.")} == {"cuda:0"}
 
 
-def test_what_computes_on_the_cpu_runs_there_and_comes_back(workspace):
+def test_dry_run_runs_cpu_computed_modules_on_the_cpu(workspace):
     write(
         devices=f"{CARDS}, cpu: {{memory: 1GiB}}",
         placement='strategy: sequential\npins: [{match: "model.layers.1.mlp", device: cpu, compute: cpu}]',
@@ -288,7 +290,7 @@ def test_what_computes_on_the_cpu_runs_there_and_comes_back(workspace):
     }
 
 
-def test_decoding_is_on_a_cache_that_is_full_though_the_prompt_is_short(workspace):
+def test_dry_run_decodes_with_a_full_cache_after_a_short_prompt(workspace):
     write(context=512, workload=", prompt_length: 16")
     compilation, simulation = simulated()
     planned = {str(use.id): use for use in compilation.plan.devices}
@@ -301,7 +303,7 @@ def test_decoding_is_on_a_cache_that_is_full_though_the_prompt_is_short(workspac
     assert {phase for phase, _, _ in simulation.calls} == {"prefill", "decode"}
 
 
-def test_what_a_prompt_of_text_does_not_call_is_said(workspace):
+def test_modules_that_a_text_prompt_does_not_call_are_reported(workspace):
     vision = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_hidden_layers": 2}
     vision |= {"model_type": "siglip_vision_model", "image_size": 28, "patch_size": 14}
     text = {key: value for key, value in LLAMA.items() if key not in ("architectures", "dtype")}
@@ -330,7 +332,7 @@ def profiled_peak(model, tokens):
 
 
 @pytest.mark.parametrize("streamed", ["model.layers.[2-5]", "model.layers.[1,3]", "{model.layers.0,lm_head}"])
-def test_memory_and_devices_are_those_of_a_real_run_over_cpu_and_disk(workspace, streamed):
+def test_dry_run_memory_and_devices_are_those_of_a_real_run_over_cpu_and_disk(workspace, streamed):
     config = {**LLAMA, "hidden_size": 128, "intermediate_size": 512, "dtype": "float32"}
     arguments = {key: value for key, value in config.items() if key not in ("architectures", "model_type", "dtype")}
     write(
@@ -361,7 +363,7 @@ def test_memory_and_devices_are_those_of_a_real_run_over_cpu_and_disk(workspace,
 # What it leaves behind
 
 
-def test_it_leaves_nothing_behind(workspace):
+def test_dry_run_leaves_the_libraries_unchanged(workspace):
     def state():
         modes = torch.overrides._len_torch_function_stack(), torch.utils._python_dispatch._len_torch_dispatch_stack()
         return FakeTensor.device, hooks.set_module_tensor_to_device, gc.isenabled(), modes
@@ -383,14 +385,14 @@ def test_it_leaves_nothing_behind(workspace):
 # What is remembered
 
 
-def test_a_plan_is_tried_once(workspace, monkeypatch):
+def test_a_plan_is_dry_run_once(workspace, monkeypatch):
     write()
     assert isinstance(pipeline(), Compiled)
     monkeypatch.setattr(memory, "simulation_of", lambda *_arguments, **_options: pytest.fail("it was tried again"))
     assert isinstance(pipeline(), Compiled)
 
 
-def test_a_damaged_memory_is_made_anew(workspace, monkeypatch):
+def test_a_damaged_cache_of_dry_runs_is_replaced(workspace, monkeypatch):
     write({**LLAMA, "vocab_size": 255})
     monkeypatch.setenv("XDG_CACHE_HOME", str(workspace / "cache"))
     first = pipeline().verdicts
@@ -401,7 +403,7 @@ def test_a_damaged_memory_is_made_anew(workspace, monkeypatch):
     assert kept.read_text() == whole
 
 
-def test_a_verdict_is_kept_as_plain_data(workspace):
+def test_a_verdict_round_trips_through_json(workspace):
     write(BIOGPT, devices='"cuda:[0-1]": {memory: 640KiB}', placement="strategy: auto")
     verdicts = pipeline().verdicts.values()
     assert any(verdict.mismatch is not None for verdict in verdicts)
@@ -411,7 +413,7 @@ def test_a_verdict_is_kept_as_plain_data(workspace):
         Verdict.from_json({"outcome": "runs"})
 
 
-def test_a_vendored_graph_brings_its_dry_runs(workspace, monkeypatch):
+def test_a_vendored_graph_includes_its_dry_runs(workspace, monkeypatch):
     write(BIOGPT, devices='"cuda:[0-1]": {memory: 640KiB}', placement="strategy: auto")
     assert compile_command.main(["profile.yaml", "-q", "--vendor"], standalone_mode=False) == 0
     monkeypatch.setenv("XDG_CACHE_HOME", str(workspace / "empty"))
@@ -429,7 +431,7 @@ def run_command(*arguments):
     return CliRunner().invoke(simulate, ["profile.yaml", *arguments], standalone_mode=False, catch_exceptions=False)
 
 
-def test_the_command_shows_devices_blocks_and_links(workspace):
+def test_simulate_shows_devices_blocks_and_links(workspace):
     write(placement='strategy: sequential\npins: [{match: "{model.layers.[3-5],model.norm,lm_head}", device: 1}]')
     done = run_command()
     assert done.return_value == 0
@@ -438,7 +440,7 @@ def test_the_command_shows_devices_blocks_and_links(workspace):
     assert "cuda:0 → cuda:1" in done.stdout
 
 
-def test_the_command_runs_the_plan_with_what_the_lock_remembers(workspace):
+def test_simulate_uses_the_variables_of_the_lock(workspace):
     write(placement='strategy: sequential\npins: [{match: lm_head, device: "{{ head }}"}]')
     Path("profile.yaml").write_text(Path("profile.yaml").read_text() + "variables: {head: 0}\n")
     compiling = ["profile.yaml", "-q", "--set", "head=1"]
@@ -447,7 +449,7 @@ def test_the_command_runs_the_plan_with_what_the_lock_remembers(workspace):
     assert value["plan"]["device_map"]["lm_head"] == 1
 
 
-def test_the_command_says_where_torch_is_missing(workspace, monkeypatch):
+def test_simulate_without_torch_says_so(workspace, monkeypatch):
     write()
     assert compile_command.main(["profile.yaml", "-q", "--vendor", "--no-simulate"], standalone_mode=False) == 0
     monkeypatch.setenv("XDG_CACHE_HOME", str(workspace / "empty"))
@@ -456,7 +458,7 @@ def test_the_command_says_where_torch_is_missing(workspace, monkeypatch):
     assert (value["simulation"], [each["code"] for each in value["diagnostics"]]) == (None, ["not-simulated"])
 
 
-def test_the_command_gives_json_and_fails_where_the_plan_does(workspace):
+def test_simulate_prints_json_and_fails_if_the_plan_does(workspace):
     write()
     done = run_command("--format", "json")
     value = json.loads(done.stdout)
@@ -471,7 +473,7 @@ def test_the_command_gives_json_and_fails_where_the_plan_does(workspace):
     assert [step["block"] for step in value["simulation"]["steps"]][-1] == "model.layers.1"
 
 
-def test_what_has_the_address_of_something_that_is_gone_is_not_where_that_was():
+def test_a_new_tensor_at_a_freed_address_is_not_on_the_old_device():
     with tensors_without_data():
         devices = SimulatedDevices((Device("cuda", 0),), {}, (), {}, Traffic({}, frozenset()))
         for _ in range(100):

@@ -1,4 +1,4 @@
-"""Tensors on the disk that no hook of accelerate brings to where they are used: refused, or kept where they are."""
+"""Tensors on disk that no hook of accelerate loads where they are used are refused, or kept on the CPU."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def error_of(compilation):
 
 @torch.no_grad()
 def test_a_buffer_of_the_model_itself_is_kept_on_the_cpu():
-    """accelerate moves what lies on the model itself, and one on disk with `offload_buffers` is not loaded."""
+    """accelerate moves tensors of the model itself, but does not load one from disk with `offload_buffers`."""
     plain = save_bart()
     write("strategy: sequential", cpu="100KiB")
     compilation = compiled()
@@ -80,7 +80,7 @@ def test_a_buffer_of_the_model_itself_is_kept_on_the_cpu():
     assert torch.equal(load_model("profile.yaml")(**inputs).logits, plain(**inputs).logits)
 
 
-def test_a_buffer_that_a_rule_puts_on_disk_is_refused_at_the_rule():
+def test_such_a_buffer_pinned_to_disk_is_refused_at_the_pin():
     save_bart()
     write("pins: [{match: final_logits_bias, device: disk}]")
     error = error_of(compiled(simulates=False))
@@ -89,8 +89,8 @@ def test_a_buffer_that_a_rule_puts_on_disk_is_refused_at_the_rule():
 
 
 @torch.no_grad()
-def test_a_matrix_that_torchs_attention_multiplies_by_itself_is_kept_on_the_cpu():
-    """`MultiheadAttention` never calls its last matrix; text alone does not show it, the first image does."""
+def test_the_output_matrix_of_torchs_attention_is_kept_on_the_cpu():
+    """`MultiheadAttention` never calls its last matrix as a module; text does not show it, the first image does."""
     tiny.save("gemma3", Path("random"))
     write("strategy: single\n  device: disk")
     assert compile_command.main(["profile.yaml", "-q"], standalone_mode=False) == 0
@@ -105,7 +105,7 @@ def test_a_matrix_that_torchs_attention_multiplies_by_itself_is_kept_on_the_cpu(
     assert torch.equal(found.pooler_output, expected.pooler_output)
 
 
-def test_such_a_matrix_that_a_rule_puts_on_disk_is_refused_at_the_rule_and_the_advice_helps():
+def test_the_output_matrix_of_torchs_attention_pinned_to_disk_is_refused_with_a_remedy():
     tiny.save("gemma3", Path("random"))
     pins = "{match: model.vision_tower, device: disk}"
     write(f"pins: [{pins}]")
@@ -119,7 +119,7 @@ def test_such_a_matrix_that_a_rule_puts_on_disk_is_refused_at_the_rule_and_the_a
     assert compilation.plan.placement["model.vision_tower.encoder.layers.0"] == "disk"
 
 
-def test_a_weight_that_its_parent_reads_is_found_by_running_the_tower():
+def test_a_weight_read_by_its_parent_is_found_by_running_the_tower():
     """SigLIP 2 resizes the weight of its position embedding, which it never calls."""
     tiny.save("lfm2_vl", Path("random"))
     write(f"pins: [{{match: model.vision_tower, device: disk}}, {{match: {HEAD}, device: cpu}}]")
@@ -133,10 +133,11 @@ def test_a_weight_that_its_parent_reads_is_found_by_running_the_tower():
     assert any("position_embedding" in each.message for each in mended.diagnostics if each.code == "stranded-tensor")
 
 
-def test_a_weight_that_its_parent_reads_is_found_beyond_code_that_needs_data():
-    """A router multiplies by its classifier's weight itself: on a CPU, without an error, by what is not there.
+def test_a_weight_read_by_its_parent_is_found_after_code_that_needs_data():
+    """A router multiplies by its classifier's weight itself; on a CPU this would compute with missing data and raise no
+    error.
 
-    The first layer's experts look at data, so that no dry run comes to the second layer as it is.
+    The first layer's experts depend on data, so a plain dry run does not reach the second layer.
     """
     config = LongcatFlashConfig(
         vocab_size=128,
@@ -163,8 +164,8 @@ def test_a_weight_that_its_parent_reads_is_found_beyond_code_that_needs_data():
 
 
 @torch.no_grad()
-def test_a_weight_that_is_read_without_a_call_is_found_where_nothing_runs_without_data():
-    """An encoder of sounds adds its table of positions; given text alone, no dry run comes to it."""
+def test_a_weight_read_without_a_call_is_found_in_a_model_without_a_dry_run():
+    """A sound encoder adds its position table; a dry run with text alone does not reach it."""
     plain = tiny.save("qwen2_audio_encoder", Path("random"))
     write("strategy: single\n  device: disk")
     compilation = compiled()
@@ -190,7 +191,7 @@ def compiled_with_its_checkpoint():
 
 
 @torch.no_grad()
-def test_what_transformers_computes_and_no_checkpoint_holds_is_kept_off_the_disk():
+def test_tensors_that_transformers_computes_are_kept_off_the_disk():
     plain = tiny.save("marian", Path("random"))
     write("strategy: single\n  device: disk")
     compilation = compiled_with_its_checkpoint()
@@ -201,7 +202,7 @@ def test_what_transformers_computes_and_no_checkpoint_holds_is_kept_off_the_disk
     assert torch.equal(load_model("profile.yaml")(**inputs).logits, plain(**inputs).logits)
 
 
-def test_what_transformers_computes_is_refused_where_a_rule_puts_it_on_disk():
+def test_tensors_that_transformers_computes_are_refused_if_pinned_to_disk():
     tiny.save("marian", Path("random"))
     write("pins: [{match: model.encoder, device: disk}]")
     error = error_of(compiled_with_its_checkpoint())
@@ -210,7 +211,7 @@ def test_what_transformers_computes_is_refused_where_a_rule_puts_it_on_disk():
     assert f"`{POSITIONS[0]}` to cpu" in error.help
 
 
-def test_what_a_checkpoint_holds_of_what_transformers_would_compute_is_read_from_disk():
+def test_computed_tensors_that_the_checkpoint_holds_are_read_from_disk():
     plain = tiny.save("marian", Path("random"))
     tensors = load_file("random/model.safetensors")
     for positions in POSITIONS:
