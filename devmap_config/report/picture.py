@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
-from itertools import pairwise
+from dataclasses import dataclass, replace
+from itertools import groupby, pairwise
 from typing import TYPE_CHECKING, Any, Literal
 
 from devmap_config.amounts import format_bytes, largest_unit
 from devmap_config.devices import Device
+from devmap_config.plan.values import folded_devices
 from devmap_config.wording import visible
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 Kind = Literal["weights", "cache", "activations", "overhead", "free"]
 
@@ -44,6 +45,10 @@ LEAST_CELL = 0.35
 
 CUT_OFF = 1.25
 """If a CPU's memory or a disk is larger than all accelerators, this multiple of its contents is drawn."""
+
+
+MOST_ALIKE = 2
+"""The number of neighbours with equal contents that are drawn one by one; more are one bar."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,10 +85,10 @@ class Part:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bar:
-    """A device with what it holds.
+    """A device with what it holds, or several neighbours that hold the same.
 
-    `name` is that on its own host. `width` is the drawn part of its capacity, in percent of the picture's width;
-    `is_cut` says that a part is not drawn.
+    `count` is how many devices these are: sizes are those of each. `name` is that on their own host. `width` is the
+    drawn part of the capacity, in percent of the picture's width; `is_cut` says that a part is not drawn.
     """
 
     device: str
@@ -95,7 +100,8 @@ class Bar:
     width: float
     is_cut: bool
     flows: tuple[str, ...]
-    row: int
+    row: int = 0
+    count: int = 1
 
     @property
     def used(self) -> str:
@@ -108,6 +114,11 @@ class Bar:
     def free(self) -> str:
         """The free part of the capacity."""
         return format_bytes(self.free_bytes)
+
+    @property
+    def on_each(self) -> str:
+        """The words that sizes are those of each of several devices."""
+        return " on each" if self.count > 1 else ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -168,19 +179,21 @@ def picture_of(told: Mapping[str, Any], prefix: str = "") -> Picture:
     """
     devices = told["plan"]["devices"]
     scale_bytes = _scale_bytes(devices)
-    rows = {use["id"]: row for row, use in enumerate(devices)}
-    links = [*_links(told.get("simulation"), rows), *_sent(told)]
-    bars = [_bar(use, told, scale_bytes, links, prefix, rows[use["id"]]) for use in devices]
+    links = [*_links(told.get("simulation"), {use["id"] for use in devices}), *_sent(told)]
     by_host: dict[str | None, list[Bar]] = {}
-    for bar in bars:
-        by_host.setdefault(Device.from_text(bar.device).host, []).append(bar)
+    rows: dict[str, int] = {}
+    for alike in _alike([(use["id"], _bar(use, told, scale_bytes, links, prefix)) for use in devices]):
+        row = max(rows.values(), default=-1) + 1
+        rows |= dict.fromkeys((device for device, _ in alike), row)
+        by_host.setdefault(Device.from_text(alike[0][0]).host, []).append(_joined([bar for _, bar in alike], row))
+    bars = [bar for held in by_host.values() for bar in held]
     drawn = {part.style for bar in bars for part in bar.parts}
     return Picture(
         hosts=tuple(PictureHost(name=name, bars=tuple(held)) for name, held in by_host.items()),
         arcs=_arcs(links, rows),
         legend=tuple((style, words) for style, words in LEGEND.items() if style in drawn),
         scale_bytes=scale_bytes,
-        summary="; ".join(f"{bar.device}: {bar.used}, {bar.free} free" for bar in bars),
+        summary="; ".join(f"{bar.device}: {bar.used}, {bar.free} free{bar.on_each}" for bar in bars),
         unit=PHASES[last_phase(told.get("simulation")) or "decode"],
     )
 
@@ -202,7 +215,6 @@ def _bar(
     scale_bytes: int,
     links: Iterable[Mapping[str, Any]],
     prefix: str,
-    row: int,
 ) -> Bar:
     device = use["id"]
     shown_bytes = min(use["capacity_bytes"], scale_bytes)
@@ -238,7 +250,35 @@ def _bar(
         width=round(100 * shown_bytes / scale_bytes, 3),
         is_cut=is_cut,
         flows=tuple(_flows(device, links)),
+    )
+
+
+def _alike(bars: Sequence[tuple[str, Bar]]) -> Iterator[list[tuple[str, Bar]]]:
+    """Yield the bars of devices one by one, or together if many neighbours on a host hold the same."""
+
+    def look(named: tuple[str, Bar]) -> tuple[object, ...]:
+        device, bar = named
+        return Device.from_text(device).host, replace(bar, device="", name="", flows=())
+
+    for _, neighbours in groupby(bars, key=look):
+        alike = list(neighbours)
+        yield from [alike] if len(alike) > MOST_ALIKE else ([each] for each in alike)
+
+
+def _joined(alike: Sequence[Bar], row: int) -> Bar:
+    """Return the bar of a row, for one device or for several that hold the same."""
+    first, count = alike[0], len(alike)
+    if count == 1:
+        return replace(first, row=row)
+    name = ", ".join(folded_devices(bar.name for bar in alike))
+    return replace(
+        first,
+        device=first.device.removesuffix(first.name) + name,
+        name=name,
         row=row,
+        model=f"{count} × {first.model}" if first.model else f"{count} devices",
+        flows=tuple(dict.fromkeys(flow for bar in alike for flow in bar.flows)),
+        count=count,
     )
 
 
@@ -306,7 +346,7 @@ activations.
 """
 
 
-def _links(simulation: Mapping[str, Any] | None, rows: Mapping[str, int]) -> Iterator[Mapping[str, Any]]:
+def _links(simulation: Mapping[str, Any] | None, devices: Collection[str]) -> Iterator[Mapping[str, Any]]:
     """Yield the links of the last phase that are drawn."""
     if simulation is None:
         return
@@ -314,7 +354,7 @@ def _links(simulation: Mapping[str, Any] | None, rows: Mapping[str, int]) -> Ite
     links = [
         link
         for link in simulation["links"]
-        if link["phase"] == phase and link["source"] in rows and link["target"] in rows
+        if link["phase"] == phase and link["source"] in devices and link["target"] in devices
     ]
     for is_weights in (True, False):
         alike = [link for link in links if bool(_of_weights(link)) == is_weights]
@@ -342,7 +382,8 @@ def _arcs(links: Sequence[Mapping[str, Any]], rows: Mapping[str, int]) -> tuple[
     """Return the arcs, with short ones nearest to the bars."""
     taken: list[list[tuple[float, float]]] = []
     arcs = []
-    for link in sorted(links, key=lambda link: abs(rows[link["source"]] - rows[link["target"]])):
+    crossing = (link for link in links if rows[link["source"]] != rows[link["target"]])
+    for link in sorted(crossing, key=lambda link: abs(rows[link["source"]] - rows[link["target"]])):
         source, target = rows[link["source"]], rows[link["target"]]
         ends = (min(source, target) + 0.0, max(source, target) + 0.0)
         lane = next(

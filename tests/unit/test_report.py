@@ -17,7 +17,7 @@ from reported import PROFILE
 from devmap_config.amounts import format_bytes, format_duration
 from devmap_config.cli import devmap
 from devmap_config.report.page import page_of, svg_of
-from devmap_config.report.picture import picture_of
+from devmap_config.report.picture import LEGEND, picture_of
 
 HOSTILE = "\"'><img src=x onerror=alert(1)><script>alert(1)</script><svg onload=alert(1)>{{ 7*7 }}`</title></style>"
 
@@ -309,6 +309,34 @@ def test_shares_of_a_group_are_one_row_and_so_are_devices_that_hold_as_much(data
     assert "of weights each" in text
     capacity = format_bytes(first["capacity_bytes"])
     assert next(row[0] for row in Page(text).rows if row[1:2] == [capacity]) == "cuda:[0-1], each"
+
+
+def test_a_large_group_is_drawn_as_one_device_of_many(data):
+    [report] = data["reports"]
+    group = [f"left/cuda:{index}" for index in range(4)]
+    run_ = {**report["runs"][0], "mode": "tensor-parallel", "alternatives": []}
+    first, *_, last = report["plan"]["devices"]
+    devices = [*({**first, "id": device} for device in group), {**last, "id": "right/cpu"}]
+    stage = {"first_layer": 0, "last_layer": 2, "decode_nanoseconds": 5, "prefill_nanoseconds": 9, "blocks": 7}
+    stages = [{**stage, "devices": group}, {**stage, "devices": ["right/cpu"]}]
+    plan = {**report["plan"], "devices": devices, "pipeline": {"stages": stages}}
+    runs = [{**run_, "device": device} for device in group]
+    told_ = {**report, "plan": plan, "runs": runs, "simulation": None, "sent_bytes": 2**13}
+    picture = picture_of(told_)
+    assert [(bar.device, bar.name, bar.count, bar.row) for bar in picture.bars] == [
+        ("left/cuda:[0-3]", "cuda:[0-3]", 4, 0),
+        ("right/cpu", "cpu", 1, 1),
+    ]
+    assert [(arc.source, arc.target) for arc in picture.arcs] == [(0, 1)]
+    assert picture.summary.startswith("left/cuda:[0-3]: ")
+    for text in (page_of([told_], version="1"), svg_of(told_)):
+        assert text.count(" free on each") == 1 + text.count("</desc>")
+    assert all(len(words) * 7.5 < 484 - 29 for words in LEGEND.values())  # what the picture has room for in a column
+    # Two are drawn by themselves, and so is what differs from its neighbours.
+    others = [{**first, "id": device, "free_bytes": index} for index, device in enumerate(group)]
+    for drawn in (devices[:2], others):
+        bars = picture_of({**told_, "plan": {**plan, "devices": drawn, "pipeline": None}}).bars
+        assert [bar.name for bar in bars] == [use["id"].removeprefix("left/") for use in drawn]
 
 
 def test_other_places_are_those_of_the_whole_block(data):
