@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,12 +37,17 @@ if TYPE_CHECKING:
 )
 def explain(subject: str, options: ProfileOptions, module: str | None, compares_caches: bool) -> None:
     """Explain a diagnostic CODE, the plan of PROFILE, or the place of MODULE in that plan."""
+    from devmap_config.cli.locking import lock_warnings
     from devmap_config.diagnostics.codes import CODES, page
     from devmap_config.plan.lock import LOCK_SUFFIX, PROFILE_SUFFIXES, profile_of
 
     if subject.endswith((*PROFILE_SUFFIXES, LOCK_SUFFIX)) or (subject not in CODES and exists(Path(subject))):
         profile = profile_of(Path(subject))
         compiled = options.compile(profile, simulates=True)
+        warnings = lock_warnings(profile, compiled, options)
+        compiled = replace(compiled, diagnostics=(*compiled.diagnostics, *warnings))
+        if options.shows_tables:
+            options.report(warnings, {}, {})
         if compares_caches:
             compiled.plan.require_transformers()
             _compare_caches(compiled, profile, options)

@@ -12,7 +12,10 @@ from devmap_config.files import is_file, is_folder, write_atomically
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from devmap_config.compiler import Compiled
+    from devmap_config.cli.command import ProfileOptions
+    from devmap_config.compiler import Compilation, Compiled
+    from devmap_config.diagnostics.codes import WarningCode
+    from devmap_config.diagnostics.diagnostic import Diagnostic
     from devmap_config.plan.lock import Lock, LockError
 
 
@@ -30,6 +33,33 @@ def lock_to_replace(path: Path, *, writes: bool, allow_outside: bool) -> Lock | 
         if writes and not (error.code == "missing-lock" and is_folder(path.parent)):
             _require_replaceable(path, error)
         return None
+
+
+def lock_warnings(profile: Path, compilation: Compilation, options: ProfileOptions) -> tuple[Diagnostic, ...]:
+    """Return a warning if the lock of a profile that was compiled anew cannot be read, or does not hold.
+
+    A profile without a lock, or with other `--set` values than those of the lock, is expected to have another plan.
+    """
+    from devmap_config.compiler import Compiled
+    from devmap_config.diagnostics.diagnostic import Diagnostic
+    from devmap_config.plan.drift import Drift, reuse_locked_plan
+    from devmap_config.plan.lock import LockError, lock_at, lock_path
+
+    path = lock_path(profile)
+    help = f"shown is the plan of the profile as it is now; `devmap compile {profile}` locks it"
+    try:
+        lock = lock_at(path, allow_outside=options.permissions.allow_outside)
+    except LockError as error:
+        if error.code == "missing-lock":
+            return ()
+        return (Diagnostic.warning(error.code, f"`{path}` {error}", help=help),)
+    if options.variables or not isinstance(compilation, Compiled):
+        return ()
+    drift = reuse_locked_plan(lock, compilation, compilation.inputs)
+    if not isinstance(drift, Drift):
+        return ()
+    code: WarningCode = "broken-lock" if drift.code == "broken-lock" else "stale-lock"
+    return (Diagnostic.warning(code, f"`{path}` {drift.message}", help=help),)
 
 
 def _require_replaceable(path: Path, problem: LockError) -> None:

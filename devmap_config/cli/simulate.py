@@ -38,7 +38,7 @@ def simulate(profile: Path, options: ProfileOptions, tokens: int, output: Path |
 
     With `--format trace`, print a predicted timeline of a prefill and of the tokens after it, for Perfetto.
     """
-    from devmap_config.cli.locking import write
+    from devmap_config.cli.locking import lock_warnings, write
     from devmap_config.cli.progress import stages_shown
     from devmap_config.cli.reporting import print_lines
     from devmap_config.cli.simulation_view import simulation_lines
@@ -68,7 +68,8 @@ def simulate(profile: Path, options: ProfileOptions, tokens: int, output: Path |
             if not options.quiet:
                 echo(f"wrote {output}", err=True)
     data = {"plan": told, "simulation": simulation.to_json() if simulation else None}
-    options.report(compilation.diagnostics, compilation.texts, data)
+    warnings = lock_warnings(profile, compilation, options)
+    options.report((*compilation.diagnostics, *warnings), compilation.texts, data)
     if simulation is not None and reached is not None and tried is not None and options.shows_tables:
         print_lines(partial(simulation_lines, reached.model, tried, simulation))
     runs = simulation is None or simulation.mismatch is None

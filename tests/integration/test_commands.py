@@ -519,6 +519,21 @@ def test_check_verifies_the_locked_plan_itself(profile, change, said):
     assert said in " ".join(done.stderr.split())
 
 
+def test_a_lock_that_does_not_hold_is_named_where_a_plan_is_made_anew(profile):
+    assert devmap("compile", "profile.yaml").returncode == 0
+    assert devmap("explain", "profile.yaml").stderr == ""
+    path = Path("profile.lock.json")
+    whole = path.read_text()
+    path.write_text(whole.replace('"lm_head": "cpu"', '"lm_head": 0'))
+    for command in ("explain", "simulate"):
+        done = devmap(command, "profile.yaml")
+        assert (done.returncode, "warning[unreadable-lock]" in done.stderr) == (0, True)
+        assert "shown is the plan of the profile as it is now" in " ".join(done.stderr.split())
+    path.write_text(whole)
+    profile.write_text(GOOD.replace("match: lm_head", "match: model.norm"))
+    assert "warning[stale-lock]" in devmap("explain", "profile.yaml").stderr
+
+
 def test_tree_measures_every_block(workspace):
     done = devmap("tree", "llama", "--measure", "--context", "64", "--format", "json")
     value = json.loads(done.stdout)
