@@ -164,7 +164,7 @@ class Compiled(Prepared):
 
     def to_json(self) -> dict[str, Any]:
         """Return the plan as plain data, with the basis of its times, which no lock holds."""
-        return {**self.plan.to_json(), "basis": {phase: asdict(each) for phase, each in self.time_bases.items()}}
+        return {**self.plan.to_json(), "basis": {phase: asdict(basis) for phase, basis in self.time_bases.items()}}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -101,9 +101,9 @@ def adopt(
 
 def _say_that_it_is_refused(diagnostics: Iterable[Diagnostic]) -> None:
     """Report why a profile that matches a map does not compile, although transformers may accept the map."""
-    for each in diagnostics:
-        if each.is_error:
-            echo(f"as it is, the profile does not compile: {each.message} ({each.code})", err=True)
+    for finding in diagnostics:
+        if finding.is_error:
+            echo(f"as it is, the profile does not compile: {finding.message} ({finding.code})", err=True)
 
 
 STDIN = Path("-")

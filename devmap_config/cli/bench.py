@@ -125,7 +125,7 @@ def _table(found: Benchmark, figures: tuple[str, ...]) -> Table:
 
 
 def _cells(found: Benchmark, result: Measured, phase: Phase) -> tuple[str, ...]:
-    seconds = sorted(round(each * 1e9) for each in result.seconds(phase))
+    seconds = sorted(round(time * 1e9) for time in result.seconds(phase))
     shown = (result.loader, format_duration(round(median(seconds))), format_durations(seconds[0], seconds[-1]))
     ratio = found.ratio(result, phase)
     if ratio is None:

@@ -118,7 +118,7 @@ def _plan(request: Request) -> tuple[Compiled | None, str | None]:
     found = run_pipeline(request)
     if isinstance(found, Compiled):
         return found, None
-    return None, next((each.message for each in found.diagnostics if each.severity == "error"), None)
+    return None, next((finding.message for finding in found.diagnostics if finding.severity == "error"), None)
 
 
 def comparison_table(every: list[CacheComparison]) -> Iterator[Table | str]:
@@ -126,11 +126,13 @@ def comparison_table(every: list[CacheComparison]) -> Iterator[Table | str]:
     from devmap_config.cli.tables import new_table
 
     table = new_table("context", figures=("a token", "weights copied", "a token, cache offloaded", "weights copied"))
-    for each in every:
-        table.add_row(f"{each.context_length:,}", *(text for plan in each.plans for text in _figures(plan)))
+    for comparison in every:
+        table.add_row(f"{comparison.context_length:,}", *(text for plan in comparison.plans for text in _figures(plan)))
     yield table
     yield from said_of_caches(every)
-    rates = {basis.rates: None for each in every for found in each.plans if found for basis in _decoding(found)}
+    rates = {
+        basis.rates: None for comparison in every for found in comparison.plans if found for basis in _decoding(found)
+    }
     if rates:
         yield f"These times rest on {' and '.join(rates)} rates."
 
@@ -138,10 +140,10 @@ def comparison_table(every: list[CacheComparison]) -> Iterator[Table | str]:
 def said_of_caches(every: list[CacheComparison]) -> Iterator[str]:
     """Yield sentences about the context from which one cache is better, or that only one of them has a plan."""
     for number, where in enumerate(PLACES):
-        if all(each.plans[number] is None for each in every):
+        if all(comparison.plans[number] is None for comparison in every):
             yield f"With the cache {where}, there is no plan: {every[0].reasons[number]}."
             return
-    known = [each for each in every if each.better is not None]
+    known = [comparison for comparison in every if comparison.better is not None]
     if not known:
         yield "How long a token takes is not known: the profile says too little of the machine."
         return

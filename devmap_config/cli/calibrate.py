@@ -53,7 +53,7 @@ def calibrate(files: tuple[Path, ...], output_format: str) -> None:
             {"rates": [str(name) for name in group], "factor": factor}
             for group, factor in zip(found.groups, found.factors, strict=True)
         ],
-        "runs": [_residual_to_json(each) for each in found.residuals],
+        "runs": [_residual_to_json(residual) for residual in found.residuals],
     }
     report((), {}, output_format, data=data)
     if output_format == "table":
@@ -92,7 +92,7 @@ def hardware_block(found: Calibration) -> dict[str, Any]:
             links |= _rate("host", link.bytes_per_second) | _rate("unpinned", link.unpinned_bytes_per_second)
     dispatch = inventory.dispatch_nanoseconds
     host = {"dispatch": f"{profile_duration(dispatch)} calibrated"} if _is_fitted(dispatch) else {}
-    spread = {phase: str(each) for phase, each in found.spreads.items()}
+    spread = {phase: str(spread) for phase, spread in found.spreads.items()}
     parts = {"devices": devices, "links": links, "host": host, "spread": spread}
     return {name: part for name, part in parts.items() if part}
 
@@ -127,7 +127,7 @@ def _is_fitted(rate: int) -> bool:
 
 def _found_how(found: Calibration) -> Iterator[str]:
     """Yield, as comments, the receipts that the rates were fitted to, and the rates that share one factor."""
-    receipts = len(dict.fromkeys(each.run.receipt for each in found.residuals))
+    receipts = len(dict.fromkeys(residual.run.receipt for residual in found.residuals))
     own = f"{counted(len(found.residuals), 'time')} of {counted(receipts, 'receipt')}"
     yield f"# fitted to {own}: {', '.join(found.kind.values())}"
     yield f"# {found.versions}"
@@ -139,17 +139,17 @@ def _found_how(found: Calibration) -> Iterator[str]:
 def _yaml(name: str, value: Mapping[str, Any], indent: str = "") -> Iterator[str]:
     """Yield a mapping as YAML: one line for each key, with the mappings within a device as flow mappings."""
     yield f"{indent}{name}:"
-    for key, each in value.items():
+    for key, item in value.items():
         if not indent and key == "devices":
-            yield from _yaml(key, each, "  ")
+            yield from _yaml(key, item, "  ")
         else:
-            yield f"{indent}  {key}: {_flow(each)}"
+            yield f"{indent}  {key}: {_flow(item)}"
 
 
 def _flow(value: Mapping[str, Any] | str) -> str:
     if isinstance(value, str):
         return value
-    return "{" + ", ".join(f"{key}: {_flow(each)}" for key, each in value.items()) + "}"
+    return "{" + ", ".join(f"{key}: {_flow(item)}" for key, item in value.items()) + "}"
 
 
 HEADINGS = ("measured", "before", "after", "left out")
@@ -160,9 +160,14 @@ def _table(residuals: Sequence[Residual]) -> Iterator[str]:
     from devmap_config.cli.predictions import UNITS
 
     rows: list[tuple[tuple[str, str], tuple[str, ...]]] = [(("receipt", ""), HEADINGS)]
-    for each in residuals:
-        run = each.run
-        times = (run.measured_nanoseconds, run.predicted_nanoseconds, each.after_nanoseconds, each.left_out_nanoseconds)
+    for residual in residuals:
+        run = residual.run
+        times = (
+            run.measured_nanoseconds,
+            run.predicted_nanoseconds,
+            residual.after_nanoseconds,
+            residual.left_out_nanoseconds,
+        )
         figures = tuple("" if time is None else format_duration(round(time)) for time in times)
         rows.append(((run.receipt, UNITS[run.phase]), figures))
     first, second = (max(len(row[0][place]) for row in rows) for place in (0, 1))
@@ -170,16 +175,16 @@ def _table(residuals: Sequence[Residual]) -> Iterator[str]:
     for (receipt, unit), figures in rows:
         shown = " ".join(f"{figure:>9}" for figure in figures)
         yield f"# {receipt:<{first}} {unit:<{second}} {shown}".rstrip()
-    if all(each.left_out_nanoseconds is None for each in residuals):
+    if all(residual.left_out_nanoseconds is None for residual in residuals):
         yield "# how far other runs will be from these rates is not known: three receipts tell it"
 
 
-def _residual_to_json(each: Residual) -> dict[str, Any]:
+def _residual_to_json(residual: Residual) -> dict[str, Any]:
     return {
-        "receipt": each.run.receipt,
-        "phase": each.run.phase,
-        "measured_nanoseconds": round(each.run.measured_nanoseconds),
-        "before_nanoseconds": each.run.predicted_nanoseconds,
-        "after_nanoseconds": each.after_nanoseconds,
-        "left_out_nanoseconds": each.left_out_nanoseconds,
+        "receipt": residual.run.receipt,
+        "phase": residual.run.phase,
+        "measured_nanoseconds": round(residual.run.measured_nanoseconds),
+        "before_nanoseconds": residual.run.predicted_nanoseconds,
+        "after_nanoseconds": residual.after_nanoseconds,
+        "left_out_nanoseconds": residual.left_out_nanoseconds,
     }

@@ -53,7 +53,7 @@ class CommandError(DevmapError):
         data: Mapping[str, Any] | None = None,
     ) -> None:
         found = tuple(diagnostics)
-        super().__init__("; ".join(each.message for each in found), found, texts)
+        super().__init__("; ".join(finding.message for finding in found), found, texts)
         self.exit_code = exit_code
         self.data = data or {"plan": None}
 
@@ -109,7 +109,7 @@ class Mistakes:
         failures = [_failure_of(_as_finding(error)) for error in self._errors]
         if failures:
             raise CommandError(
-                dict.fromkeys(each for failure in failures for each in failure.diagnostics),
+                dict.fromkeys(finding for failure in failures for finding in failure.diagnostics),
                 {name: text for failure in failures for name, text in failure.texts.items()},
                 exit_code=min(failure.exit_code for failure in failures),
                 data=failures[0].data,
@@ -200,8 +200,8 @@ def profile_command(name: str, *formats: str, argument: Decorator = profile_argu
         def run(**values: Any) -> ExitCode | None:
             from devmap_config.plan.lock import profile_of
 
-            permissions = Permissions(**{each.name: values.pop(each.name) for each in fields(Permissions)})
-            given = {each.name: values.pop(each.name) for each in fields(ProfileOptions) if each.name in values}
+            permissions = Permissions(**{field.name: values.pop(field.name) for field in fields(Permissions)})
+            given = {field.name: values.pop(field.name) for field in fields(ProfileOptions) if field.name in values}
             if "profile" in values:
                 values["profile"] = profile_of(values["profile"])
             return function(options=ProfileOptions(permissions=permissions, **given), **values)

@@ -70,7 +70,7 @@ def _compare_caches(compiled: Compiled, profile: Path, options: ProfileOptions) 
     from devmap_config.cli.reporting import print_lines
 
     found = compared_caches(compiled, profile, options)
-    data = {"caches": [each.to_json() for each in found], "explanation": list(said_of_caches(found))}
+    data = {"caches": [comparison.to_json() for comparison in found], "explanation": list(said_of_caches(found))}
     options.report(compiled.diagnostics, compiled.texts, {"plan": compiled.to_json(), **data})
     if options.shows_tables:
         print_lines(lambda _: comparison_table(found))
@@ -165,7 +165,9 @@ def story(compiled: Compiled) -> Iterator[str]:
 def _holdings(plan: Plan, use: DeviceUse) -> str:
     from devmap_config.rules.folding import fold_paths
 
-    units = [each.unit or "everything" for each in plan.assignments if each.location.stored_on == use.id]
+    units = [
+        assignment.unit or "everything" for assignment in plan.assignments if assignment.location.stored_on == use.id
+    ]
     if not units:
         return f"{use.id} stays empty."
     used_bytes = use.capacity_bytes - use.free_bytes
@@ -193,7 +195,7 @@ def _predictions(prediction: Prediction, graph: ModelGraph) -> Iterator[str]:
 def _waits(compiled: Compiled) -> Iterator[str]:
     """Yield a sentence for each phase: the time that it would take if its slowest resource were twice as fast."""
     for phase, found in waits(compiled).items():
-        times = [f"{each['what']} ({format_duration(each['nanoseconds'])})" for each in found]
+        times = [f"{saving['what']} ({format_duration(saving['nanoseconds'])})" for saving in found]
         if times:
             what = "token" if phase == "decode" else phase
             yield f"A {what} waits for {' and '.join(times)}: in brackets, its time if that were twice as fast."
@@ -215,7 +217,7 @@ def waits(compiled: Compiled) -> dict[Phase, list[dict[str, Any]]]:
     if plan.pipeline is not None:  # its times are those of its stages
         return {}
     predicted: tuple[Phase, ...] = tuple(phase for phase in OWN if getattr(plan.prediction, OWN[phase]) is not None)
-    return {phase: [asdict(each) for each in savings(plan, graph, inventory, phase)] for phase in predicted}
+    return {phase: [asdict(saving) for saving in savings(plan, graph, inventory, phase)] for phase in predicted}
 
 
 def _room_for_context(longest: int, measurement: Measurement) -> str:
@@ -276,11 +278,17 @@ def _reasons(compiled: Compiled, name: str) -> Iterator[str]:
     if plan.pipeline is not None:
         yield from why(compiled, name)
         return
-    below = [each for each in plan.assignments if each.unit == name or each.unit.startswith(f"{name}.")]
-    around = [each for each in plan.assignments if not each.unit or name.startswith(f"{each.unit}.")]
-    for each in below or around:
-        runs = "" if each.location.is_one_device else f", and runs on {each.location.runs_on}"
-        yield f"`{each.unit or 'the whole model'}` is on {each.location.stored_on}{runs}."
+    below = [
+        assignment
+        for assignment in plan.assignments
+        if assignment.unit == name or assignment.unit.startswith(f"{name}.")
+    ]
+    around = [
+        assignment for assignment in plan.assignments if not assignment.unit or name.startswith(f"{assignment.unit}.")
+    ]
+    for assignment in below or around:
+        runs = "" if assignment.location.is_one_device else f", and runs on {assignment.location.runs_on}"
+        yield f"`{assignment.unit or 'the whole model'}` is on {assignment.location.stored_on}{runs}."
     yield from _place_of_cache(compiled, name)
     *before, last = why(compiled, name)
     yield from before
@@ -343,11 +351,13 @@ def _rules_about(resolution: Resolution, name: str, graph: ModelGraph) -> list[s
 
     module = graph.modules.get(ModulePath(name))
     tensors = [TensorName(name)] if module is None else [tensor.name for tensor in module.tensors()]
-    winning = list(dict.fromkeys(resolution.decisions[each].rule for each in tensors if each in resolution.decisions))
+    winning = list(
+        dict.fromkeys(resolution.decisions[tensor].rule for tensor in tensors if tensor in resolution.decisions)
+    )
     lines = [f"{_at(rule)} decides: it puts it on {rule.device}." for rule in winning if rule.device]
     for rule, found in resolution.matches:
         matched = [
-            each for each in found.names if name == each or name.startswith(f"{each}.") or each.startswith(f"{name}.")
+            path for path in found.names if name == path or name.startswith(f"{path}.") or path.startswith(f"{name}.")
         ]
         if matched and rule not in winning and rule.origin != "allow_new":
             if rule.not_on:

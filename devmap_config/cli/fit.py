@@ -119,13 +119,13 @@ def _row(machine: str, request: Callable[..., Request]) -> Row:
 
     asked = request(strategy="fastest")
     fastest = run_pipeline(asked)
-    if any(each.code == "missing-figure" for each in fastest.diagnostics):
+    if any(finding.code == "missing-figure" for finding in fastest.diagnostics):
         asked = request(strategy=WITHOUT_FIGURES)
         fastest = run_pipeline(asked)
     if isinstance(fastest, Rejected):
         if not is_of_machine(fastest.diagnostics):
             raise CommandError(fastest.diagnostics, fastest.texts, data={"machines": None})
-        reason = "; ".join(each.message for each in fastest.diagnostics if each.is_error)
+        reason = "; ".join(finding.message for finding in fastest.diagnostics if finding.is_error)
         return Row(machine, reason=reason, other=other_engine(asked, fastest))
     longest = run_pipeline(request(strategy="longest-context"))
     return Row(machine, fastest, longest if isinstance(longest, Compiled) else None, other=other_engine(asked, fastest))
@@ -190,7 +190,7 @@ def _holds_uncounted(compiled: Compiled) -> bool:
 
 def _rates(compiled: Compiled) -> list[str]:
     """Return the bases of the rates on which the times of a plan rest; empty if it predicts no time."""
-    return list(dict.fromkeys(each.rates for each in compiled.time_bases.values()))
+    return list(dict.fromkeys(basis.rates for basis in compiled.time_bases.values()))
 
 
 def _context(compiled: Compiled) -> int:

@@ -23,7 +23,7 @@ def hardware(name: str | None, output_format: str) -> None:
         )
     rows = {row["name"]: row for row in catalogue_rows() if name in (None, row["name"])}
     if output_format == "json":
-        values = {each: {key: _value(key, text) for key, text in row.items()} for each, row in rows.items()}
+        values = {figure: {key: _value(key, text) for key, text in row.items()} for figure, row in rows.items()}
         print_json(values if name is None else values[name])
         return
     if name is not None:
@@ -36,13 +36,13 @@ def hardware(name: str | None, output_format: str) -> None:
 
     console = EscapingConsole()
     table = new_table("accelerator", "device", figures=("memory", "bandwidth", "bf16"))
-    for each in catalogue.values():
+    for accelerator in catalogue.values():
         table.add_row(
-            each.name,
-            each.kind,
-            format_bytes(each.memory_bytes) + ("*" if "memory_bytes" in each.unverified else ""),
-            format_bandwidth(each.memory_bandwidth_bytes_per_second),
-            format_flops(each.dense_bf16_flops_per_second) if each.supports_bf16 else "–",
+            accelerator.name,
+            accelerator.kind,
+            format_bytes(accelerator.memory_bytes) + ("*" if "memory_bytes" in accelerator.unverified else ""),
+            format_bandwidth(accelerator.memory_bandwidth_bytes_per_second),
+            format_flops(accelerator.dense_bf16_flops_per_second) if accelerator.supports_bf16 else "–",
         )
     console.print(table)
     console.print("* nobody was seen reporting it; `devmap hardware NAME` shows each figure's source", style="dim")

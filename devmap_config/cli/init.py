@@ -173,7 +173,7 @@ def first_profile(asked: InitOptions, *, simulates: bool = True, begin: Callable
         if failures[-1].reached is None:
             break  # nor does another context: the model is not available
     # Places in a generated file mean nothing to the user: the mistake is in the model or the machine.
-    raise CommandError([replace(each, span=None) for each in failures[0].diagnostics], data={"profile": None})
+    raise CommandError([replace(finding, span=None) for finding in failures[0].diagnostics], data={"profile": None})
 
 
 def _drafts(asked: InitOptions, context_length: int | None) -> Iterator[ProfileDraft]:
@@ -197,7 +197,7 @@ def _settled(asked: InitOptions, draft: ProfileDraft, *, simulates: bool) -> tup
 
     def tried(draft: ProfileDraft) -> tuple[ProfileDraft, Compilation, set[str]]:
         compilation = compile_draft(_profile(asked, draft), asked.permissions, simulates=simulates)
-        return draft, compilation, {each.code for each in compilation.diagnostics if each.is_error}
+        return draft, compilation, {finding.code for finding in compilation.diagnostics if finding.is_error}
 
     draft, compilation, codes = tried(draft)
     if "unsupported-dtype" in codes:

@@ -89,4 +89,4 @@ def _machine_in(path: Path) -> Hardware:
 
 def is_of_machine(diagnostics: Iterable[Diagnostic]) -> bool:
     """Return whether all errors depend on this machine, and may not occur on another."""
-    return all(each.code in MACHINE_CODES for each in diagnostics if each.is_error)
+    return all(finding.code in MACHINE_CODES for finding in diagnostics if finding.is_error)

@@ -22,7 +22,8 @@ def code(text: str) -> str:
     shown = visible(text)
     if CODE.fullmatch(shown):
         return f"`{shown}`"
-    return f"<code>{''.join(each if each.isalnum() or each == '.' else f'&#{ord(each)};' for each in shown)}</code>"
+    escaped = "".join(letter if letter.isalnum() or letter == "." else f"&#{ord(letter)};" for letter in shown)
+    return f"<code>{escaped}</code>"
 
 
 def cell(text: str) -> str:

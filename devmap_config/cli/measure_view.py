@@ -78,7 +78,7 @@ def _block_costs(graph: ModelGraph, measurement: Measurement) -> dict[str, Block
     costs: dict[str, BlockCost] = {}
     for path in graph.blocks:
         module = graph.modules[path]
-        within = [cost for each in module.walk() if (cost := measurement.by_path.get(each.path)) is not None]
+        within = [cost for inner in module.walk() if (cost := measurement.by_path.get(inner.path)) is not None]
         costs[path] = BlockCost(
             weights_bytes=graph.weights_bytes(tuple(tensor.name for tensor in module.tensors())),
             cache_bytes=sum(cost.cache_bytes for cost in within),

@@ -68,7 +68,9 @@ def weights_in_words(model: LoadedModel, plan: Plan) -> str:
 
 
 def _held(plan: Plan, device: Device) -> list[str]:
-    units = [each.unit or "everything" for each in plan.assignments if each.location.stored_on == device]
+    units = [
+        assignment.unit or "everything" for assignment in plan.assignments if assignment.location.stored_on == device
+    ]
     patterns = fold_paths(units)
     shown = list(patterns[:PATTERNS_SHOWN])
     if len(patterns) > len(shown):
@@ -197,7 +199,11 @@ def bar_lines(plan: Plan, width: int) -> Iterator[Text]:
             filled = end
         bar += BAR_PARTS[-1][1] * (BAR_COLUMNS - filled)
         holds = ", ".join(
-            fold_paths(each.unit or "everything" for each in plan.assignments if each.location.stored_on == use.id)
+            fold_paths(
+                assignment.unit or "everything"
+                for assignment in plan.assignments
+                if assignment.location.stored_on == use.id
+            )
         )
         line = f"{use.id!s:<{longest}}  {bar}  {format_bytes(use.capacity_bytes):>9}"
         room = width - len(line) - 2

@@ -67,16 +67,16 @@ def said_of_missing(missing: Mapping[Phase, tuple[MissingFigureError, ...]]) -> 
 
 def said_of_bases(bases: Mapping[Phase, TimeBasis], prediction: Prediction) -> str:
     """Return a sentence about the basis of the predicted times, and the range of measured runs."""
-    rates = {UNITS[phase]: each.rates for phase, each in bases.items()}
+    rates = {UNITS[phase]: basis.rates for phase, basis in bases.items()}
     if len(set(rates.values())) == 1:
         said = f"these times rest on {next(iter(rates.values()))} rates"
     else:
         said = ", ".join(f"{unit} rests on {basis} rates" for unit, basis in rates.items())
     ratios = [
-        f"{format_ratios(each.least_nanoseconds, each.most_nanoseconds, getattr(prediction, OWN[phase]))}"
+        f"{format_ratios(basis.least_nanoseconds, basis.most_nanoseconds, getattr(prediction, OWN[phase]))}"
         f" for {UNITS[phase]}"
-        for phase, each in bases.items()
-        if each.least_nanoseconds is not None and each.most_nanoseconds is not None
+        for phase, basis in bases.items()
+        if basis.least_nanoseconds is not None and basis.most_nanoseconds is not None
     ]
     # Not as times: the prediction itself need not be between them, which would read as a contradiction.
     listed = ", ".join(ratios).replace(" times", " times the prediction", 1)

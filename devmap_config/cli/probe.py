@@ -156,9 +156,9 @@ def _against(file: Path, host: str | None, disk_folder: Path, output_format: str
     lock, here = _of_this_host(_read(file), host, file)
     seen = probe_machine(os.environ, disk_folder)
     found = differences(lock, seen, whole_file(str(file)))
-    is_fit = not any(each.is_error for each in found)
+    is_fit = not any(finding.is_error for finding in found)
     wanted = demands(lock, seen)
-    data = {"fits": is_fit, "host": here, "needs": [each.to_json() for each in wanted], "seen": seen.to_json()}
+    data = {"fits": is_fit, "host": here, "needs": [demand.to_json() for demand in wanted], "seen": seen.to_json()}
     report([*seen.notes, *found], {}, output_format, quiet=quiet, data=data)
     if output_format == "table" and not quiet:
         for demand in wanted:

@@ -76,7 +76,7 @@ def report(
         for line in diagnostics_to_github(found):
             click.echo(line)
     else:
-        report_on_terminal([each for each in found if not quiet or each.is_error], texts)
+        report_on_terminal([finding for finding in found if not quiet or finding.is_error], texts)
 
 
 def report_on_terminal(diagnostics: list[Diagnostic], texts: Mapping[str, str]) -> None:
@@ -88,7 +88,7 @@ def report_on_terminal(diagnostics: list[Diagnostic], texts: Mapping[str, str]) 
 
     console = EscapingConsole(stderr=True)
     # Errors come first if not all findings are shown.
-    shown = sorted(diagnostics, key=lambda each: not each.is_error)[:MOST_SHOWN]
+    shown = sorted(diagnostics, key=lambda finding: not finding.is_error)[:MOST_SHOWN]
     print_diagnostics(diagnostics if len(shown) == len(diagnostics) else shown, texts, console)
     if left_out := len(diagnostics) - len(shown):
         console.print(f"and {counted(left_out, 'more finding')}, which `--format json` shows")

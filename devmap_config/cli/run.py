@@ -244,9 +244,9 @@ def _told(figures: Mapping[str, Any]) -> Iterator[str]:
         yield f"one forward in {figures['seconds']:.2f} s"
     process = {str(CPU): ("this process", " for the model")}
     parts = []
-    for each in figures["memory"]:
-        holder, of_what = process.get(each["device"], (each["device"], ""))
-        planned = f"planned{of_what} {format_bytes(each['planned_bytes'])}"
-        parts.append(f"{holder} {format_bytes(each['peak_bytes'])} ({planned})")
+    for use in figures["memory"]:
+        holder, of_what = process.get(use["device"], (use["device"], ""))
+        planned = f"planned{of_what} {format_bytes(use['planned_bytes'])}"
+        parts.append(f"{holder} {format_bytes(use['peak_bytes'])} ({planned})")
     if parts:
         yield f"memory at most: {', '.join(parts)}"

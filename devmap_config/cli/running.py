@@ -118,7 +118,9 @@ def assisted(model: Any, deployment: Deployment) -> Iterator[None]:
 
 def to_tell(sink: Sink, options: ProfileOptions) -> Iterable[Diagnostic]:
     """Return the findings to print; on a terminal, without the one that was printed in its own line."""
-    return sink if options.output_format == "json" else [each for each in sink if each.code != "never-on-cards"]
+    return (
+        sink if options.output_format == "json" else [finding for finding in sink if finding.code != "never-on-cards"]
+    )
 
 
 def facts(deployment: Deployment) -> dict[str, Any]:
@@ -134,7 +136,7 @@ def facts(deployment: Deployment) -> dict[str, Any]:
 def summary(deployment: Deployment) -> str:
     """Return a summary of the loaded model for people."""
     plan, new = deployment.plan, deployment.new
-    tensors = sum(len(each.tensors) for each in plan.assignments)
+    tensors = sum(len(assignment.tensors) for assignment in plan.assignments)
     held = ", ".join(f"{use.id} {format_bytes(use.weights_bytes)}" for use in plan.devices if use.weights_bytes)
     where = f"{tensors} tensors where the lock says ({held})"
     if deployment.has_random_weights:

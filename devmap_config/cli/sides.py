@@ -80,7 +80,7 @@ def _side(text: str, other: str, permissions: Permissions) -> Side:
 def compiled_side(name: str, compiled: Compiled, notes: tuple[Diagnostic, ...] = ()) -> Side:
     """Return the side of a profile that was compiled, or checked against its lock."""
     subjects = made_of(compiled.inputs.values, compiled.inventory.accelerators_to_json())
-    bases = {phase: each.rates for phase, each in compiled.time_bases.items()}
+    bases = {phase: basis.rates for phase, basis in compiled.time_bases.items()}
     return Side(name, compiled.plan.to_json(), subjects, bases, notes)
 
 

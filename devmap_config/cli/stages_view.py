@@ -74,8 +74,8 @@ def pipeline_notes(compiled: Compiled, pipeline: Pipeline) -> Iterator[str]:
         seconds = prediction.decode_nanoseconds_per_token / 10**9
         rate = pipeline.max_num_seqs / seconds
         digits = 0 if rate >= 10 else 1
-        each = f", {rate:,.{digits}f} tokens a second in all" if pipeline.max_num_seqs > 1 else ""
-        words.append(f"{format_duration(prediction.decode_nanoseconds_per_token)} a token of a request{each}")
+        rate_in_all = f", {rate:,.{digits}f} tokens a second in all" if pipeline.max_num_seqs > 1 else ""
+        words.append(f"{format_duration(prediction.decode_nanoseconds_per_token)} a token of a request{rate_in_all}")
     if prediction.prefill_nanoseconds is not None:
         words.append(f"{format_duration(prediction.prefill_nanoseconds)} a prefill")
     if prediction.longest_context is not None:
@@ -104,7 +104,7 @@ def cache_in_words(pipeline: Pipeline) -> str:
     """Return the tokens of the cache, and the stage that limits it, in words."""
     stage = pipeline.stages[pipeline.deciding_stage]
     requests = f"{counted(pipeline.max_num_seqs, 'request')} of {pipeline.max_model_len:,}"
-    rooms = {each.blocks for each in pipeline.stages}
+    rooms = {stage.blocks for stage in pipeline.stages}
     decides = (
         f"stage {pipeline.deciding_stage} on {devices_in_words(stage)} decides, which has the least room"
         if len(rooms) > 1
@@ -183,10 +183,10 @@ def _moves(compiled: Compiled, pipeline: Pipeline) -> Iterator[str]:
 def module_in_words(compiled: Compiled, pipeline: Pipeline, name: str) -> Iterator[str]:
     """Yield the stage of a module, and why stages hold modules as a whole."""
     location = compiled.plan.locations
-    names = [each for each in location if each == name or each.startswith(f"{name}.")] or [
-        each for each in location if name.startswith(f"{each}.")
+    names = [unit for unit in location if unit == name or unit.startswith(f"{name}.")] or [
+        unit for unit in location if name.startswith(f"{unit}.")
     ]
-    devices = dict.fromkeys(location[each].stored_on for each in names)
+    devices = dict.fromkeys(location[name].stored_on for name in names)
     for number, stage in enumerate(pipeline.stages):
         if stage.devices[0] in devices:
             layers = f"layers {stage.first_layer} to {stage.last_layer}"

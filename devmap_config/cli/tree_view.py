@@ -149,4 +149,6 @@ def _signature(module: Module, root: str, marks: frozenset[str]) -> object:
 
 
 def _leads_to_match(module: Module, marks: frozenset[str]) -> bool:
-    return any(each.path in marks or any(tensor.name in marks for tensor in each.own_tensors) for each in module.walk())
+    return any(
+        inner.path in marks or any(tensor.name in marks for tensor in inner.own_tensors) for inner in module.walk()
+    )

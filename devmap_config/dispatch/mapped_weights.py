@@ -46,7 +46,7 @@ class Slots:
 
     def take(self, size_bytes: int) -> NDArray[np.uint8] | None:
         """Return memory of this size within one slot; `None` if neither slot has it free."""
-        self._taken = [each for each in self._taken if each[2]() is not None]
+        self._taken = [taken for taken in self._taken if taken[2]() is not None]
         for start in sorted((0, self.slot_bytes, *(last for _, last, _ in self._taken))):
             end = start + size_bytes
             is_free = all(end <= first or last <= start for first, last, _ in self._taken)
@@ -154,7 +154,7 @@ class ReadAhead:
         in use.
         """
         memory = self.slots.take(piece.size_bytes)
-        while memory is None and (spare := [each for each in self._present if each not in self._running]):
+        while memory is None and (spare := [piece for piece in self._present if piece not in self._running]):
             del self._present[spare[-1]]
             memory = self.slots.take(piece.size_bytes)
         return pages(piece.size_bytes) if memory is None else memory
@@ -166,7 +166,7 @@ class ReadAhead:
         expected: list[Piece] = []
         if self._last is None:
             return expected
-        piece, room_bytes = self._last, 2 * self.slots.slot_bytes - sum(each.size_bytes for each in self._running)
+        piece, room_bytes = self._last, 2 * self.slots.slot_bytes - sum(piece.size_bytes for piece in self._running)
         for _ in self._next:
             piece = self._next[piece]
             if piece.is_sparse or piece in expected:
@@ -244,7 +244,7 @@ def map_weights(model: PreTrainedModel, names: Iterable[str], folder: Path) -> N
         FileError: if a file cannot be read.
         OSError: if one cannot be written.
     """
-    absent = {name for name, each in model.named_parameters(remove_duplicate=False) if each.is_meta}
+    absent = {name for name, parameter in model.named_parameters(remove_duplicate=False) if parameter.is_meta}
     stated = {name: found for name in names if name in absent and (found := place_in_file(model, name)) is not None}
     if not stated:
         return
@@ -264,7 +264,7 @@ def map_weights(model: PreTrainedModel, names: Iterable[str], folder: Path) -> N
             parameters[place] = MappedParameter(data, requires_grad=False)
         own_parameters(module)[own_name] = parameters[place]
         held.setdefault(module, {})[own_name] = place
-    addresses = {place: each.data_ptr() for place, each in parameters.items()}
+    addresses = {place: parameter.data_ptr() for place, parameter in parameters.items()}
     pieces = {
         module: Piece({place: mapped[place.file] for place in held[module].values()}, _is_sparse(module))
         for module in model.modules()
@@ -305,7 +305,7 @@ def _attach(
 
     def after(module: torch.nn.Module) -> None:
         own = own_parameters(module)
-        own.update({name: getattr(each, "mapped", each) for name, each in own.items()})
+        own.update({name: getattr(parameter, "mapped", parameter) for name, parameter in own.items()})
         reader.end(piece)
         if piece.is_sparse and all(is_as_read(own.get(name), place) for name, place in places.items()):
             piece.let_go()
@@ -335,5 +335,5 @@ def _are_many_tokens(module: torch.nn.Module, given: Iterable[Any]) -> bool:
     """
     if isinstance(module, torch.nn.Embedding):
         return False
-    states = next((each for each in given if isinstance(each, torch.Tensor)), None)
+    states = next((value for value in given if isinstance(value, torch.Tensor)), None)
     return states is not None and states.shape[:-1].numel() > 1

@@ -73,12 +73,12 @@ class PrefillHook(AlignDevicesHook):  # type: ignore[misc]
         self.input_device = found_device([arguments, options])
         own = own_parameters(module)
         self._own = dict(own)
-        own.update({name: torch.nn.Parameter(each, requires_grad=False) for name, each in brought.items()})
+        own.update({name: torch.nn.Parameter(tensor, requires_grad=False) for name, tensor in brought.items()})
         return sent(arguments, self._device), sent(options, self._device, self.skip_keys)
 
 
 def _number_of_tokens(given: Iterable[Any]) -> int:
-    states = next((each for each in given if isinstance(each, torch.Tensor)), None)
+    states = next((value for value in given if isinstance(value, torch.Tensor)), None)
     return 0 if states is None else states.shape[:-1].numel()
 
 

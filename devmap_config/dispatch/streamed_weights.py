@@ -78,7 +78,7 @@ def stream_weights(
         memories = [load.memory for load in loads if load.memory is not None]
         for memory in (*memories, *map(torch.from_numpy, staging)):
             if not _pin(memory, device):
-                total = sum(each.nbytes for each in (*memories, *staging))
+                total = sum(buffer.nbytes for buffer in (*memories, *staging))
                 raise UnpinnedError(f"{format_bytes(total)} of memory cannot be pinned")
             pinned.append(memory)
         streams, slot_bytes = CudaStreams(device), max(load.size_bytes for load in loads)
@@ -93,10 +93,10 @@ def run_on(module: torch.nn.Module, device: torch.device) -> None:
     """Have a module that accelerate streams to the main device run on another one; its resident buffers are moved
     there.
     """
-    for each in module.modules():
-        for hook in hooks_of(each):
+    for inner in module.modules():
+        for hook in hooks_of(inner):
             hook.execution_device = device
-        buffers = own_buffers(each)
+        buffers = own_buffers(inner)
         for name, buffer in buffers.items():
             if buffer is not None and not buffer.is_meta:
                 buffers[name] = buffer.to(device)

@@ -153,7 +153,7 @@ class Streamer:
         """
         slot = self._slot_of(load)
         if slot is None:
-            slot = next((each for each in self._slots if not each.running), None)
+            slot = next((slot for slot in self._slots if not slot.running), None)
             slot = slot or Slot(torch.empty_like(self._slots[0].memory))
             self._fetch(load, slot)
         try:
@@ -178,7 +178,7 @@ class Streamer:
             self._next[self._last[0]] = load
         self._last = module, load
         following = self._next[module]
-        other = next(each for each in self._slots if each.load is not load)
+        other = next(slot for slot in self._slots if slot.load is not load)
         if self._slot_of(following) is None and not other.running:
             self._fetch(following, other)
 

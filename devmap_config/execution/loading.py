@@ -33,9 +33,9 @@ def loading_extra_bytes(graph: ModelGraph, assignments: Iterable[Assignment]) ->
     if facts is None:
         return {}
     placed = [
-        (graph.tensors[name], each.location.stored_on)
-        for each in assignments
-        for name in each.tensors
+        (graph.tensors[name], assignment.location.stored_on)
+        for assignment in assignments
+        for name in assignment.tensors
         if graph.storage_of[name] == name and graph.tensors[name].persistent
     ]
     one_by_one = facts.quantises or any(device == DISK for _, device in placed)

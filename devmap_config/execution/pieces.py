@@ -65,8 +65,8 @@ def pieces_ahead(
         return position.get(path, len(position))
 
     def is_ahead(module: Module) -> bool:
-        copied = [each for each in module.own_tensors if executor.is_copied_in(each, homes[each.name])]
-        return bool(copied) and all(executor.is_brought_ahead(homes[each.name]) for each in copied)
+        copied = [tensor for tensor in module.own_tensors if executor.is_copied_in(tensor, homes[tensor.name])]
+        return bool(copied) and all(executor.is_brought_ahead(homes[tensor.name]) for tensor in copied)
 
     pieces = (
         [module.path for module in piece if is_ahead(module)] for piece in pieces_of(graph, executor, main_device)
@@ -92,7 +92,7 @@ def _outermost(graph: ModelGraph) -> list[Module]:
 
 
 def _holding(module: Module) -> list[ModulePath]:
-    return [each.path for each in module.walk() if each.own_tensors]
+    return [inner.path for inner in module.walk() if inner.own_tensors]
 
 
 def _module_of(name: TensorName) -> ModulePath:

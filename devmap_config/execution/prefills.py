@@ -41,7 +41,7 @@ def prefilled_from(graph: ModelGraph, inventory: Inventory) -> dict[str, int]:
 def _is_apart(module: Module, cost: ModuleCost) -> bool:
     own = module.own_tensors
     is_whole = bool(own) and len(own) == len(list(module.tensors()))
-    return is_whole and all(each.kind == "parameter" for each in own) and not cost.cache_bytes
+    return is_whole and all(tensor.kind == "parameter" for tensor in own) and not cost.cache_bytes
 
 
 def _tokens(module: Module, cost: ModuleCost, rates: MachineRates, card: Device, prompt_tokens: int) -> int | None:

@@ -103,7 +103,7 @@ class Running:
         }
         if not held:
             return costs
-        every = [each for counts in held.values() for each in counts if each[0].offloaded_bytes]
+        every = [item for counts in held.values() for item in counts if item[0].offloaded_bytes]
         visiting_bytes = max((cost.visiting_bytes(workload) for cost, _ in every), default=0)
         for device, counts in held.items():
             offloaded_bytes = sum(cost.offloaded_bytes * count for cost, count in counts)
@@ -122,14 +122,15 @@ def running_of(graph: ModelGraph, assignments: Iterable[Assignment], executor: E
     if measurement is None:
         return None
     placed = tuple(assignments)
-    main_device = executor.main_device(each.location.stored_on for each in placed)
-    covering = {each.unit: each.location.runs_on for each in placed}
+    main_device = executor.main_device(assignment.location.stored_on for assignment in placed)
+    covering = {assignment.unit: assignment.location.runs_on for assignment in placed}
     parts: dict[str, list[Device]] = {}
-    for each in placed:
-        for ancestor in ancestors(each.unit):
-            parts.setdefault(ancestor, []).append(each.location.runs_on)
+    for assignment in placed:
+        for ancestor in ancestors(assignment.unit):
+            parts.setdefault(ancestor, []).append(assignment.location.runs_on)
     prefilling = {
-        each.unit: executor.prefill_location(each.unit, each.location, main_device).runs_on for each in placed
+        assignment.unit: executor.prefill_location(assignment.unit, assignment.location, main_device).runs_on
+        for assignment in placed
     }
     holding: dict[Device, Counter[ModuleCost]] = {}
     peaking: dict[Device, list[ModuleCost]] = {}
@@ -214,9 +215,9 @@ def _streaming_bytes(
 ) -> dict[Device, int]:
     """Return the bytes of the largest piece that is copied to each device, times the number of pieces there at once."""
     locations = {
-        name: executor.prefill_location(each.unit, each.location, main_device)
-        for each in assignments
-        for name in each.tensors
+        name: executor.prefill_location(assignment.unit, assignment.location, main_device)
+        for assignment in assignments
+        for name in assignment.tensors
     }
     largest: dict[Device, int] = {}
     for piece in pieces_of(graph, executor, main_device):

@@ -129,7 +129,7 @@ class SegmentTime(NamedTuple):
 
     def times(self, count: int) -> SegmentTime:
         """Return the time of `count` such segments."""
-        return SegmentTime(count * self.nanoseconds, tuple(each.times(count) for each in self.ahead))
+        return SegmentTime(count * self.nanoseconds, tuple(block.times(count) for block in self.ahead))
 
 
 def _card_of(ahead: Iterable[tuple[Copy, ...]]) -> Device | None:
@@ -226,8 +226,10 @@ class MachineRates:
     @cached_property
     def _highest(self) -> tuple[int, int]:
         rates = self._reached.values()
-        reading = max((rate for each in rates for rate in (each.reading, each.experts) if rate), default=0)
-        return reading, max((rate for each in rates for rate in (each.computing, each.attention) if rate), default=0)
+        reading = max((rate for reached in rates for rate in (reached.reading, reached.experts) if rate), default=0)
+        return reading, max(
+            (rate for reached in rates for rate in (reached.computing, reached.attention) if rate), default=0
+        )
 
     def copy_nanoseconds(self, copy: Copy) -> int:
         """Return the time to copy bytes from one device to another."""

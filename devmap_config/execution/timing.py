@@ -184,11 +184,11 @@ class Timing:
         """
         brought = 0
         ahead: dict[TensorName, tuple[Copy, ...]] = {}
-        for each in module.walk():
-            if not self._runs(each.path):
+        for inner in module.walk():
+            if not self._runs(inner.path):
                 continue
-            brought += any(self.executor.is_copied_in(tensor, homes[tensor.name]) for tensor in each.own_tensors)
-            for tensor in each.own_tensors:
+            brought += any(self.executor.is_copied_in(tensor, homes[tensor.name]) for tensor in inner.own_tensors)
+            for tensor in inner.own_tensors:
                 location = homes[tensor.name]
                 if self.executor.is_copied_in(tensor, location):
                     copies = self._bringing(location, self.executor.held_bytes(tensor, location, self.main_device))
@@ -249,7 +249,7 @@ def while_prefilled(
     locations = {homes[tensor.name] for tensor in module.tensors()}
     if len(locations) == 1:
         location = executor.prefill_location(module.path, next(iter(locations)), main_device)
-        return homes if location in locations else {**homes, **{each.name: location for each in module.tensors()}}
+        return homes if location in locations else {**homes, **{tensor.name: location for tensor in module.tensors()}}
     for child in module.children:
         homes = while_prefilled(child, homes, executor, main_device)
     return homes
@@ -307,7 +307,7 @@ def outside_of(graph: ModelGraph) -> Iterator[str]:
     yield from graph.composites
     for path in graph.blocks:
         if not any(True for _ in graph.modules[path].tensors()):
-            yield from (each.path for each in graph.modules[path].walk())
+            yield from (inner.path for inner in graph.modules[path].walk())
 
 
 def hops(graph: ModelGraph, homes: Mapping[TensorName, Location]) -> int:

@@ -38,9 +38,9 @@ def heaviest(
     if largest == "weights":
         names = [
             name
-            for each in placed
-            for name in each.tensors
-            if executor.residence(graph.tensors[name], each.location) == device
+            for assignment in placed
+            for name in assignment.tensors
+            if executor.residence(graph.tensors[name], assignment.location) == device
         ]
         return heaviest_weights(graph, names, parts[largest])
     measurement = graph.measurement
@@ -51,7 +51,7 @@ def heaviest(
         sequences = f" of {batch} sequences" if batch > 1 else ""
         return f"most of it is the cache{sequences} of {tokens:,} tokens"
     if largest == "activations":
-        there = {each.unit for each in placed if each.location.runs_on == device}
+        there = {assignment.unit for assignment in placed if assignment.location.runs_on == device}
         return _heaviest_activation(graph, measurement, there)
     return None
 

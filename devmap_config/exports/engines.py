@@ -138,7 +138,9 @@ def _llama_cpp(compiled: Compiled) -> OtherEngine | None:
         flags = placement_flags(compiled)
     except UnfitExportError:
         return None
-    on_cpu = [name for each in compiled.plan.assignments if each.unit in units for name in each.tensors]
+    on_cpu = [
+        name for assignment in compiled.plan.assignments if assignment.unit in units for name in assignment.tensors
+    ]
     weights = sum(tensor.element_count for tensor in graph.tensors.values() if tensor.kind == "parameter")
     return OtherEngine(
         name="llama.cpp",

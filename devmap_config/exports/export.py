@@ -32,7 +32,7 @@ class UnfitExportError(DevmapError):
 
     def __init__(self, diagnostics: Iterable[Diagnostic], texts: Mapping[str, str]) -> None:
         found = tuple(diagnostics)
-        super().__init__("; ".join(each.message for each in found if each.is_error), found, texts)
+        super().__init__("; ".join(finding.message for finding in found if finding.is_error), found, texts)
 
 
 def require_no_errors(sink: Sink, compiled: Compiled) -> None:
@@ -102,7 +102,7 @@ def is_local(weights: str) -> bool:
 
 def span_of(compiled: Compiled, units: Iterable[str]) -> Span:
     """Return the place of the rule that placed these units, or of the strategy if none did."""
-    tensors = {each.unit: each.tensors for each in compiled.plan.assignments}
+    tensors = {assignment.unit: assignment.tensors for assignment in compiled.plan.assignments}
     decisions = compiled.resolution.decisions
     rules = (decisions[name].rule for unit in units for name in tensors[unit] if name in decisions)
     return next((rule.span for rule in rules), compiled.loaded.profile.placement.strategy.span)

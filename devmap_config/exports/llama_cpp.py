@@ -52,7 +52,7 @@ class GgufPlacement:
     def of_layer(self, number: int) -> Mapping[str, Device]:
         """Return the tensors of a layer, without its number."""
         prefix = f"blk.{number}."
-        return {name.removeprefix(prefix): each for name, each in self.devices.items() if name.startswith(prefix)}
+        return {name.removeprefix(prefix): device for name, device in self.devices.items() if name.startswith(prefix)}
 
 
 def export_to_llama_cpp(compiled: Compiled, *, weights: str | None) -> Export:
@@ -142,18 +142,18 @@ def _check_plan(compiled: Compiled, weights: str | None, sink: Sink) -> None:
             cache.key_span,
             help="write `cache: offloaded`, or leave it out, and compile again",
         )
-    for each in plan.assignments:
-        stored_on, runs_on = each.location.stored_on, each.location.runs_on
+    for assignment in plan.assignments:
+        stored_on, runs_on = assignment.location.stored_on, assignment.location.runs_on
         if stored_on == DISK:
             message, help = "llama.cpp keeps no weights on a disk", "give it the CPU, or a card"
         elif stored_on.is_accelerator and stored_on.kind not in BUFFERS:
             message, help = f"what llama.cpp calls {stored_on} is not known here", "export plans for CUDA cards or CPUs"
-        elif stored_on != runs_on and not _is_embedding(each.tensors, compiled):
+        elif stored_on != runs_on and not _is_embedding(assignment.tensors, compiled):
             message = f"llama.cpp computes weights where they are: what is on {stored_on} is not copied to {runs_on}"
             help = "pin it with `compute: cpu`, as `fastest` does where that is quicker, and compile again"
         else:
             continue
-        sink.error("unfit-export", message, span_of(compiled, [each.unit]), help=help)
+        sink.error("unfit-export", message, span_of(compiled, [assignment.unit]), help=help)
 
 
 def _is_embedding(tensors: Sequence[str], compiled: Compiled) -> bool:
@@ -245,7 +245,7 @@ def _home(placed: GgufPlacement, number: int, compiled: Compiled, sink: Sink) ->
     of_layer = placed.of_layer(number)
     devices = list(dict.fromkeys(device for name, device in of_layer.items() if name.startswith("attn_")))
     if len(devices) > 1:
-        units = [each.unit for each in compiled.plan.assignments if f".{number}." in f"{each.unit}."]
+        units = [assignment.unit for assignment in compiled.plan.assignments if f".{number}." in f"{assignment.unit}."]
         listed = " and ".join(map(str, devices))
         sink.error(
             "unfit-export",
@@ -261,7 +261,9 @@ def _check_order(homes: Sequence[Device], on_cpu: int, compiled: Compiled, sink:
     for place, home in enumerate(homes):
         again = home in homes[:place] and homes[place - 1] != home
         if (home == CPU and place > on_cpu) or again:
-            units = [each.unit for each in compiled.plan.assignments if f".{place}." in f"{each.unit}."]
+            units = [
+                assignment.unit for assignment in compiled.plan.assignments if f".{place}." in f"{assignment.unit}."
+            ]
             sink.error(
                 "unfit-export",
                 f"layer {place} is on {home}, behind one on {homes[place - 1]}: llama.cpp has the first layers on the"
@@ -282,7 +284,7 @@ def _overrides(placed: GgufPlacement, homes: Sequence[Device], own_output: Devic
     experts = [numbers.get((name, CPU), []) for name in EXPERTS]
     flags: list[tuple[str, ...]] = []
     count = len(experts[0])
-    if count and all(each == list(range(count)) for each in experts):
+    if count and all(layers == list(range(count)) for layers in experts):
         flags.append(("--n-cpu-moe", str(count)))
         for name in EXPERTS:
             del numbers[name, CPU]

@@ -283,7 +283,7 @@ def _literal(value: object) -> str:
     they are, and invisible ones become YAML's escapes.
     """
     text = json.dumps(value, ensure_ascii=False).replace("$", "$$")
-    return "".join(each if each.isprintable() else f"\\U{ord(each):08X}" for each in text)
+    return "".join(character if character.isprintable() else f"\\U{ord(character):08X}" for character in text)
 
 
 README = """\

@@ -40,7 +40,7 @@ def all_linear(model: PreTrainedModel, config: AdapterConfig) -> frozenset[str]:
     head = model.get_output_embeddings()
     if head is None and config.task == "SEQ_CLS":
         head = next(
-            (each for name in ("score", "classifier") if (each := getattr(model, name, None)) is not None), None
+            (tower for name in ("score", "classifier") if (tower := getattr(model, name, None)) is not None), None
         )
     return frozenset(path for path, module in model.named_modules() if _is_linear(module) and module is not head)
 

@@ -283,8 +283,8 @@ class _Reader:
         value = self.get(key)
         values = [] if value is None else value if isinstance(value, list) else [value]
         self._bound(key, values)
-        for index, each in enumerate(values):
-            if type(each) is not int or each < 0:
+        for index, item in enumerate(values):
+            if type(item) is not int or item < 0:
                 self.refuse(f"{key}[{index}]" if isinstance(value, list) else key, "is not a number of a layer")
         return tuple(values)
 
@@ -295,8 +295,8 @@ class _Reader:
         if not isinstance(value, list):
             self.refuse(key, "is neither text nor a list")
         self._bound(key, value)
-        for index, each in enumerate(value):
-            if not isinstance(each, str) or not each:
+        for index, item in enumerate(value):
+            if not isinstance(item, str) or not item:
                 self.refuse(f"{key}[{index}]", "is not the name of a module")
         return tuple(sorted(set(value)))
 
@@ -307,7 +307,7 @@ class _Reader:
         if not isinstance(value, dict):
             self.refuse(key, "is not a mapping")
         self._bound(key, value)
-        return tuple((pattern, read(f"{key}.{pattern[:80]}", each)) for pattern, each in value.items())
+        return tuple((pattern, read(f"{key}.{pattern[:80]}", item)) for pattern, item in value.items())
 
     def _bound(self, key: str, values: Collection[Any]) -> None:
         if len(values) > MOST_NAMES:
@@ -359,8 +359,8 @@ class _Matching:
         self.excluded = self._ends_or_expression("exclude_modules", config.excluded)
         self.ranks = [(self._keyed("rank_pattern", key), rank) for key, rank in config.ranks]
         self.alphas = [(self._keyed("alpha_pattern", key), alpha) for key, alpha in config.alphas]
-        patterns = [rf"(?:.*?\.)?{each}" for each in config.layers_pattern] or [r".*?\.[^.]*"]
-        self.layers = [self._compiled("layers_pattern", rf"{each}\.(\d+)\.") for each in patterns]
+        patterns = [rf"(?:.*?\.)?{pattern}" for pattern in config.layers_pattern] or [r".*?\.[^.]*"]
+        self.layers = [self._compiled("layers_pattern", rf"{pattern}\.(\d+)\.") for pattern in patterns]
         saved = (*config.saved, *HEADS.get(config.task or "", ()))
         self.saved = [re2.escape(name) for name in saved]
         self.within_saved = self._compiled("modules_to_save", rf"(?:.*\.)?(?:{'|'.join(self.saved)})(?:\..*)?")
@@ -417,8 +417,8 @@ class _Matching:
 
     def change(self, path: str) -> LowRankUpdate:
         config = self.config
-        rank = next((rank for each, rank in self.ranks if self._tried(each, path)), config.rank)
-        alpha = next((alpha for each, alpha in self.alphas if self._tried(each, path)), config.alpha)
+        rank = next((rank for pattern, rank in self.ranks if self._tried(pattern, path)), config.rank)
+        alpha = next((alpha for pattern, alpha in self.alphas if self._tried(pattern, path)), config.alpha)
         return LowRankUpdate(rank, alpha, alpha / (math.sqrt(rank) if config.is_rank_stabilized else rank))
 
 
@@ -462,13 +462,13 @@ def stored_names(adapter: LoraAdapter, graph: ModelGraph, *, must_be_there: bool
         if (found := left.pop(stored)[1]) != shape:
             raise _misfit(f"has `{stored}` as {list(found)}, and the model takes {list(shape)}")
         names[str(name)] = stored
-    for stored in [each for each in left if adapter.config.bias != "none" and each.endswith(".bias")]:
+    for stored in [name for name in left if adapter.config.bias != "none" and name.endswith(".bias")]:
         replaced = TensorName(stored.removeprefix(PREFIX).replace(".base_layer.", "."))
         if replaced in graph.tensors and left[stored][1] == graph.tensors[replaced].shape:
             names[str(replaced)] = stored
             del left[stored]
     if left:
-        found_names = first_of([f"`{each}`" for each in left])
+        found_names = first_of([f"`{name}`" for name in left])
         raise _misfit(f"holds what is nowhere in the adapted model: {found_names}")
     return names
 

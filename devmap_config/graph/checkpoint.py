@@ -297,7 +297,7 @@ def _parse_entry(tensor: str, entry: Any, data_start: int, name: str) -> tuple[s
 
 
 def _are_sizes(value: Any) -> TypeGuard[list[int]]:
-    return isinstance(value, list) and all(type(each) is int and 0 <= each < 2**63 for each in value)
+    return isinstance(value, list) and all(type(item) is int and 0 <= item < 2**63 for item in value)
 
 
 def _check_layout(header: Header, data_start: int, size_bytes: int, name: str) -> None:

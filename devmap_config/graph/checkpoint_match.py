@@ -56,7 +56,7 @@ class CheckpointMatch:
     def from_json(cls, value: Mapping[str, Any]) -> CheckpointMatch:
         """Return the match that `dataclasses.asdict` turned into plain data."""
         names = {field: tuple(value[field]) for field in ("absent", "missing", "computed", "unexpected")}
-        mismatched = tuple(TensorMismatch(*each) for each in value["mismatched"])
+        mismatched = tuple(TensorMismatch(*mismatch) for mismatch in value["mismatched"])
         return cls(**{**value, **names, "mismatched": mismatched})
 
 
@@ -80,7 +80,7 @@ def judge(match: CheckpointMatch, config: Mapping[str, Any], allowed: frozenset[
         allowed: the tensors that may be missing (`model.allow_new`).
     """
     missing = tuple(name for name in match.missing if name not in allowed)
-    mismatched = tuple(each for each in match.mismatched if each.name not in allowed)
+    mismatched = tuple(mismatch for mismatch in match.mismatched if mismatch.name not in allowed)
     new = tuple(name for name in match.missing if name in allowed)
     unexpected = _listed("is not in the model", "are not in the model", [f"`{name}`" for name in match.unexpected])
     if not missing and not mismatched and 2 * len(new) <= match.tensor_count:
@@ -88,7 +88,7 @@ def judge(match: CheckpointMatch, config: Mapping[str, Any], allowed: frozenset[
     count = match.tensor_count
     parts = [
         _listed(f"of {count} tensors is missing", f"of {count} tensors are missing", [f"`{name}`" for name in missing]),
-        _listed("is stored otherwise", "are stored otherwise", [each.text for each in mismatched]),
+        _listed("is stored otherwise", "are stored otherwise", [mismatch.text for mismatch in mismatched]),
         unexpected,
     ]
     if not missing and not mismatched:

@@ -67,9 +67,9 @@ def failure_of(error: Exception) -> MeasurementFailure:
     them.
     """
     causes = tuple(_chain(error))
-    if (changed := next((each for each in causes if isinstance(each, LibraryChangedError)), None)) is not None:
+    if (changed := next((cause for cause in causes if isinstance(cause, LibraryChangedError)), None)) is not None:
         return _of_change(changed)
-    if (other := next((each for each in causes if isinstance(each, OtherInputsError)), None)) is not None:
+    if (other := next((cause for cause in causes if isinstance(cause, OtherInputsError)), None)) is not None:
         return MeasurementFailure("model", str(other))
     described = _described(error)
     try:
@@ -79,7 +79,7 @@ def failure_of(error: Exception) -> MeasurementFailure:
         return _of_change(unknown)
     frames = _frames(error)
     packages = [_package(frame.filename) for frame in reversed(frames)] or [""]
-    if (new := untried()) and (library := next((each for each in packages if each in new), new[0])):
+    if (new := untried()) and (library := next((package for package in packages if package in new), new[0])):
         where = f" ({_raised_at(frames)})" if packages[0] == OWN_CODE.name else ""
         return MeasurementFailure("library", _shortened(f"{moved(library)}: {described}{where}"))
     if packages[0] == OWN_CODE.name:

@@ -105,7 +105,7 @@ def _feature_rows(model: PreTrainedModel, tensors: Tensors, kind: str) -> int:
 
 def _called(method: Callable[..., Any], tensors: Tensors) -> Any:
     parameters = inspect.signature(getattr(method, "forward", method)).parameters
-    takes_any = any(each.kind is each.VAR_KEYWORD for each in parameters.values())
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     given = {key: value for key, value in tensors.items() if takes_any or key in parameters}
     return method(**given, **({"return_dict": True} if takes_any or "return_dict" in parameters else {}))
 
@@ -114,7 +114,7 @@ def _rows(output: Any) -> int:
     features = getattr(output, "pooler_output", None)
     if features is None:
         features = getattr(output, "last_hidden_state", output)
-    return sum(each.numel() // each.shape[-1] for each in tree_leaves(features) if isinstance(each, torch.Tensor))
+    return sum(leaf.numel() // leaf.shape[-1] for leaf in tree_leaves(features) if isinstance(leaf, torch.Tensor))
 
 
 def _projected_rows(model: PreTrainedModel, tensors: Tensors) -> int:

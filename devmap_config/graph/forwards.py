@@ -164,19 +164,19 @@ class Forwards:
     def _beside_media(self, length: int) -> dict[str, Any]:
         """Return the inputs for images and sound, and for a prompt with tokens that stand for them."""
         inputs: dict[str, Any] = {}
-        count = sum(each.placeholders for each in self.media)
+        count = sum(medium.placeholders for medium in self.media)
         if count + LEAST_WORDS > length:
             raise PromptTooShortError(count)
         tokens, place = self._tokens(length), 1
         stands = torch.zeros_like(tokens, dtype=torch.bool)
-        for each in self.media:
-            here = slice(place, place + each.placeholders)
+        for medium in self.media:
+            here = slice(place, place + medium.placeholders)
             stands[:, here] = True
-            if each.token is not None:
-                tokens[:, here] = each.token
-            place += each.placeholders
-        for each in self.media:
-            inputs |= each.tensors | each.beside(tokens, stands)
+            if medium.token is not None:
+                tokens[:, here] = medium.token
+            place += medium.placeholders
+        for medium in self.media:
+            inputs |= medium.tensors | medium.beside(tokens, stands)
         beside_text = {
             "input_ids": tokens,
             "attention_mask": torch.ones_like(tokens),
@@ -191,7 +191,7 @@ class Forwards:
     @property
     def _hears_apart(self) -> bool:
         """True if the encoder takes sound instead of text."""
-        return self._has_encoder and any(set(each.tensors) & set(SOUND_NAMES) for each in self.media)
+        return self._has_encoder and any(set(medium.tensors) & set(SOUND_NAMES) for medium in self.media)
 
     @property
     def _marks_prompts(self) -> bool:
@@ -204,11 +204,11 @@ class Forwards:
         if type(self.model).forward is torch.nn.Module.forward:
             raise OtherInputsError("it has no forward of its own")
         given = {"input_ids", "input_features", "decoder_input_ids"}
-        for each in self.media:
-            given |= {*each.tensors}
+        for medium in self.media:
+            given |= {*medium.tensors}
         if not given & set(self._accepted):
             # Models for images often have the default name of the main input, because their class sets no other.
-            other = next((each for each in OTHER_INPUTS if each in self._accepted), name)
+            other = next((name for name in OTHER_INPUTS if name in self._accepted), name)
             raise (
                 self._unlike(f"takes no `{name}`")
                 if other == "input_ids"
@@ -297,17 +297,17 @@ def cache_tensors(cache: Any) -> list[torch.Tensor]:
     found: dict[int, torch.Tensor] = {}
     waiting, seen = [cache], set()
     while waiting:
-        each = waiting.pop()
-        if isinstance(each, torch.Tensor) and hasattr(each, "__tensor_flatten__"):  # quanto's hold others
-            waiting += [getattr(each, name) for name in each.__tensor_flatten__()[0]]
-        elif isinstance(each, torch.Tensor):
-            found.setdefault(id(each), each)
-        elif id(each) not in seen:
-            seen.add(id(each))
-            if isinstance(each, dict):
-                waiting += each.values()
-            elif isinstance(each, (list, tuple)):
-                waiting += each
-            elif type(each).__module__.startswith(CACHES_MADE_IN) and "configuration" not in type(each).__module__:
-                waiting += vars(each).values()
+        item = waiting.pop()
+        if isinstance(item, torch.Tensor) and hasattr(item, "__tensor_flatten__"):  # quanto's hold others
+            waiting += [getattr(item, name) for name in item.__tensor_flatten__()[0]]
+        elif isinstance(item, torch.Tensor):
+            found.setdefault(id(item), item)
+        elif id(item) not in seen:
+            seen.add(id(item))
+            if isinstance(item, dict):
+                waiting += item.values()
+            elif isinstance(item, (list, tuple)):
+                waiting += item
+            elif type(item).__module__.startswith(CACHES_MADE_IN) and "configuration" not in type(item).__module__:
+                waiting += vars(item).values()
     return list(found.values())

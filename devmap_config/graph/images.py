@@ -123,7 +123,7 @@ def _patches_in_a_row(images: _Images) -> Iterator[Media]:
     rows, columns = tokens_down * images.merged, tokens_across * images.merged
     grid = torch.tensor([[1, rows, columns]] * images.count)
     more = {"image_merge_sizes": torch.tensor([images.merged] * images.count)}
-    given = {"image_grid_thw": grid} | {name: each for name, each in more.items() if name in images.accepted}
+    given = {"image_grid_thw": grid} | {name: tensor for name, tensor in more.items() if name in images.accepted}
     count, depth = images.count * rows * columns, images.channels * patch * patch
     temporal = images.first("temporal_patch_size", default=1)
     for shape in (
@@ -202,7 +202,7 @@ def _crops_with_a_mask(images: _Images) -> Iterator[Media]:
     """Yield crops of each image and the whole image, both with a token at the end of each row (Phi-4-multimodal)."""
     side = images.first("crop_size", "image_size", default=448)
     given = (images.workload.image_height or side, images.workload.image_width or side)
-    rows, columns = (math.ceil(each / side) for each in given)
+    rows, columns = (math.ceil(length / side) for length in given)
     across, crops = side // images.patch, 1 + rows * columns
     pooled = math.ceil(across / 2)
     yield Media(

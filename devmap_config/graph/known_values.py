@@ -72,7 +72,7 @@ class _KnownValues(dispatch_mode()):  # type: ignore[misc]  # torch is not read 
         del types
         options = options or {}
         name = operation_name(function).rpartition("::")[2]
-        values = [self.value_of(each) for each in tree_leaves((arguments, options)) if isinstance(each, torch.Tensor)]
+        values = [self.value_of(leaf) for leaf in tree_leaves((arguments, options)) if isinstance(leaf, torch.Tensor)]
         is_known = all(value is not None for value in values) and name not in RANDOM and not _is_unset(name, options)
         size = sum(value.numel() for value in values if value is not None)
         if is_known and (size <= MOST_ELEMENTS or is_view(function)):
@@ -85,15 +85,15 @@ class _KnownValues(dispatch_mode()):  # type: ignore[misc]  # torch is not read 
         if has_data_dependent_shape(function):
             return tree_map(self._without_data, self._real(function, arguments, options))
         result = function(*arguments, **options)
-        made = [each for each in tree_leaves(result) if isinstance(each, self._class)]
-        if not is_view(function) and sum(each.numel() for each in made) > MOST_ELEMENTS:
+        made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, self._class)]
+        if not is_view(function) and sum(tensor.numel() for tensor in made) > MOST_ELEMENTS:
             return result
         try:
             real = self._real(function, arguments, options)
         except (NotImplementedError, RuntimeError):  # the CPU does not have this operation
             self._spoil(function, arguments)
             return result
-        known = [each for each in tree_leaves(real) if isinstance(each, torch.Tensor)]
+        known = [leaf for leaf in tree_leaves(real) if isinstance(leaf, torch.Tensor)]
         for tensor, value in zip(made, known, strict=False):
             if tensor.shape == value.shape and not (
                 writes_to(function, arguments) and self.value_of(tensor) is not None

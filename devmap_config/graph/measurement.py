@@ -387,9 +387,9 @@ def _whole_order(order: Mapping[str, None], repeated: Mapping[str, str]) -> dict
         for block in (path, *ancestors(path)):
             ran.setdefault(block, []).append(path)
     return {
-        moved_to(each, repeated[path], path) if path in repeated else each: None
+        moved_to(member, repeated[path], path) if path in repeated else member: None
         for path in order
-        for each in (ran[repeated[path]] if path in repeated else [path])
+        for member in (ran[repeated[path]] if path in repeated else [path])
     }
 
 

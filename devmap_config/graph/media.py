@@ -33,12 +33,12 @@ class Media:
 
 def stated(config: PretrainedConfig, *names: str) -> Any:
     """Return the first of these values that a config, or one within it, has."""
-    for each in (
+    for section in (
         config,
         *(getattr(config, name, None) for name in ("thinker_config", "vision_config", "audio_config")),
     ):
         for name in names:
-            if (value := getattr(each, name, None)) is not None:
+            if (value := getattr(section, name, None)) is not None:
                 return value
     return None
 

@@ -71,7 +71,7 @@ class VendoredGraph:
         """Return the text of the file: compact, and the same bytes for the same graph."""
         value: dict[str, Any] = {
             "schema": SCHEMA,
-            **{KEYS.get(each.name, each.name): getattr(self, each.name) for each in fields(self)},
+            **{KEYS.get(field.name, field.name): getattr(self, field.name) for field in fields(self)},
         }
         value |= {
             "graph": graph_to_json(self.graph),
@@ -111,9 +111,9 @@ def read_vendored(path: Path, within: Boundary) -> VendoredGraph | None:
         if value.pop("digest") != digest(value):
             raise VendoredGraphError("it does not agree with its own digest: it was changed by hand, or is damaged")
         stated = {
-            each.name: value[KEYS.get(each.name, each.name)]
-            for each in fields(VendoredGraph)
-            if each.name not in LEFT_OUT or each.name in value
+            field.name: value[KEYS.get(field.name, field.name)]
+            for field in fields(VendoredGraph)
+            if field.name not in LEFT_OUT or field.name in value
         }
         workload = None if value["workload"] is None else WorkloadShape(**value["workload"])
         vendored = VendoredGraph(**{**stated, "graph": graph_from_json(value["graph"]), "workload": workload})
@@ -158,5 +158,5 @@ def _require_consistent(graph: ModelGraph) -> None:
 def _measured_paths(graph: ModelGraph) -> Iterator[str]:
     if graph.measurement is not None:
         yield from (cost.path for cost in graph.measurement.modules)
-        yield from (path for each in graph.measurement.crossings for path in (each.reader, each.maker))
+        yield from (path for crossing in graph.measurement.crossings for path in (crossing.reader, crossing.maker))
         yield from chain(*graph.measurement.bonds)

@@ -193,15 +193,19 @@ class Inventory:
             KeyError, TypeError, ValueError: if the value is not what `to_json` returns.
         """
         devices = []
-        for each in value["devices"]:
-            rates: dict[str, Any] = {name: whole(each[name]) for name in RATE_NAMES if each.get(name) is not None}
-            rates |= {name: KnownRate(rates[name], "measured") for name in each.get("seen", "").split(" and ") if name}
+        for described in value["devices"]:
+            rates: dict[str, Any] = {
+                name: whole(described[name]) for name in RATE_NAMES if described.get(name) is not None
+            }
+            rates |= {
+                name: KnownRate(rates[name], "measured") for name in described.get("seen", "").split(" and ") if name
+            }
             device = InventoryDevice(
-                id=Device.from_text(each["id"]),
-                memory_bytes=whole(each["memory_bytes"]),
-                capacity_bytes=whole(each["capacity_bytes"]),
-                memory_efficiency=min(Fraction(each["memory_efficiency"]), Fraction(1)),
-                compute_efficiency=min(Fraction(each["compute_efficiency"]), Fraction(1)),
+                id=Device.from_text(described["id"]),
+                memory_bytes=whole(described["memory_bytes"]),
+                capacity_bytes=whole(described["capacity_bytes"]),
+                memory_efficiency=min(Fraction(described["memory_efficiency"]), Fraction(1)),
+                compute_efficiency=min(Fraction(described["compute_efficiency"]), Fraction(1)),
                 **rates,
             )
             devices.append(device)

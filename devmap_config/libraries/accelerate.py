@@ -94,7 +94,7 @@ def replace_hook(module: torch.nn.Module, old: Any, new: Any) -> None:
     if hook is old:
         setattr(module, MODULE_HOOK.attribute, new)
     else:
-        hook.hooks = tuple(new if each is old else each for each in hook.hooks)
+        hook.hooks = tuple(new if attached is old else attached for attached in hook.hooks)
 
 
 def replace_streamed(hook: Any, name: str, tensor: torch.Tensor) -> None:

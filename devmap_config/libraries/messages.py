@@ -40,9 +40,9 @@ def taken_down(messages: list[LibraryMessage]) -> Iterator[None]:
             _SCRIBE.reset(token)
             scribe.leave()
             messages += [
-                LibraryMessage(_library_of(each.filename), str(each.message))
-                for each in raised
-                if not issubclass(each.category, (DeprecationWarning, PendingDeprecationWarning))  # for developers
+                LibraryMessage(_library_of(warning.filename), str(warning.message))
+                for warning in raised
+                if not issubclass(warning.category, (DeprecationWarning, PendingDeprecationWarning))  # for developers
             ]
 
 

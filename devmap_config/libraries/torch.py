@@ -292,7 +292,10 @@ def writes_to(operation: Any, arguments: Any) -> list[torch.Tensor]:
     except AttributeError as error:
         raise OPERATION_SCHEMA.changed() from error
     leaves = (
-        leaf for each, is_written in zip(arguments, written, strict=False) if is_written for leaf in tree_leaves(each)
+        leaf
+        for argument, is_written in zip(arguments, written, strict=False)
+        if is_written
+        for leaf in tree_leaves(argument)
     )
     return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
 

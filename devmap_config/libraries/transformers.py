@@ -350,7 +350,7 @@ def noting_what_is_lacking(model_class: Any) -> Iterator[set[str]]:
 def merged_names(model: PreTrainedModel) -> list[str]:
     """Return the names of lists of tensors that loading merges into one, with `*` for a number."""
     conversions = CONVERSIONS.find()(model)
-    return [pattern for each in conversions for pattern in each.source_patterns if "*" in pattern]
+    return [pattern for conversion in conversions for pattern in conversion.source_patterns if "*" in pattern]
 
 
 def is_made_while_loading(model: PreTrainedModel, names: Iterable[str]) -> list[str]:
@@ -358,7 +358,12 @@ def is_made_while_loading(model: PreTrainedModel, names: Iterable[str]) -> list[
     renaming.
     """
     conversions = CONVERSIONS.find()(model)
-    targets = [target for each in conversions if hasattr(each, "operations") for target in each.target_patterns]
+    targets = [
+        target
+        for conversion in conversions
+        if hasattr(conversion, "operations")
+        for target in conversion.target_patterns
+    ]
     if not targets:
         return []
     # Targets refer to groups of the source's expression, which match numbers and names.

@@ -57,7 +57,7 @@ def moved(library: str) -> str:
     found = installed(library)
     if found is None or is_tried(library):
         return f"{library} {found or ''}".rstrip()
-    older = [each for each in TRIED[library] if release(each) < release(found)]
+    older = [version for version in TRIED[library] if release(version) < release(found)]
     return f"{library} {older[-1] if older else TRIED[library][0]} → {found}"
 
 

@@ -220,7 +220,9 @@ def layers_of(graph: ModelGraph, config: Mapping[str, Any]) -> Layers:
         vocabulary,
         *(config.get(key) or 0 for key in ("num_key_value_heads", "num_kv_heads", "head_dim")),
     )
-    if len(paths) > MOST_LAYERS or not all(isinstance(each, int) and 0 <= each <= MOST_OF_A_FIGURE for each in figures):
+    if len(paths) > MOST_LAYERS or not all(
+        isinstance(figure, int) and 0 <= figure <= MOST_OF_A_FIGURE for figure in figures
+    ):
         raise UncutModelError("its config names more than any model has")
     return Layers(
         graph=graph,

@@ -141,7 +141,7 @@ def best_place(
 
 def _best_of(candidates: Sequence[PipelineCandidate], *, prefers_cache: bool) -> StagePlacement | None:
     if prefers_cache:
-        fitting = [each for each in candidates if each.within(each.needed_blocks, None) is not None]
+        fitting = [candidate for candidate in candidates if candidate.within(candidate.needed_blocks, None) is not None]
         return _widest(fitting, None)
     least: int | None = None
     near: list[tuple[PipelineCandidate, int]] = []
@@ -166,7 +166,9 @@ def tries_all_orders(problem: PipelineProblem) -> bool:
 
 def widest_place(problem: PipelineProblem) -> StagePlacement | None:
     """Return the stages with the largest cache, even if not all requests fit; `None` if the weights do not."""
-    return _widest((each for each in _candidates(problem)[0] if each.within(0, None) is not None), None, needed=0)
+    return _widest(
+        (candidate for candidate in _candidates(problem)[0] if candidate.within(0, None) is not None), None, needed=0
+    )
 
 
 def _with_slack(least: int) -> int:
@@ -193,9 +195,9 @@ def _candidates(problem: PipelineProblem) -> tuple[list[PipelineCandidate], bool
 def _in_turn(several: Sequence[Iterator[tuple[Slot, ...]]]) -> Iterator[tuple[Slot, ...]]:
     """Yield the first item of each iterator, then the second of each, until all are exhausted."""
     while several:
-        found = [(each, next(each, None)) for each in several]
+        found = [(iterator, next(iterator, None)) for iterator in several]
         yield from (order for _, order in found if order is not None)
-        several = [each for each, order in found if order is not None]
+        several = [iterator for iterator, order in found if order is not None]
 
 
 def _widest(
@@ -203,7 +205,7 @@ def _widest(
 ) -> StagePlacement | None:
     """Return the cut with the largest cache within the budget; of several, the one on the fewest devices."""
     best: StagePlacement | None = None
-    for candidate in sorted(candidates, key=lambda each: each.stages):
+    for candidate in sorted(candidates, key=lambda placement: placement.stages):
         low = candidate.needed_blocks if needed is None else needed
         if best is not None:
             low = max(low, candidate.blocks_for(best.tokens + 1))

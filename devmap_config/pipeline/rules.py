@@ -137,16 +137,16 @@ def wishes_of(layers: Layers, resolution: Resolution, slots: Sequence[Slot], sin
                 refuse(decision.rule, *problem)
         if not made:
             continue
-        if 0 <= number < count and (len(made) < len(names) or len({each.device for each in made}) > 1):
-            part = min(made, key=lambda each: sum(other.rule is each.rule for other in made))
+        if 0 <= number < count and (len(made) < len(names) or len({decision.device for decision in made}) > 1):
+            part = min(made, key=lambda decision: sum(other.rule is decision.rule for other in made))
             refuse(
                 part.rule,
                 f"`{part.rule.text}` is about a part of `{layers.paths[number]}`, and vLLM places whole layers",
                 f"give all of the layer one device: `match: {layers.paths[number]}`",
             )
             continue
-        first = min(made, key=lambda each: each.rule.span)
-        other = next((each for each in made if each.device != first.device), None)
+        first = min(made, key=lambda decision: decision.rule.span)
+        other = next((decision for decision in made if decision.device != first.device), None)
         if other is not None:
             where = "before the layers" if number < 0 else "behind the layers"
             refuse(

@@ -134,9 +134,9 @@ def _reached(
     devices = [device.id for slot in own for device in slot]
     within = tuple(links.get((source, target)) for source in devices for target in devices if source != target)
     others = [links.get((devices[0], slot[0].id)) for slot in slots if slot[0].id.host != devices[0].host]
-    known = [each for each in others if each is not None]
-    fastest = max((each.bytes_per_second for each in known), default=None)
-    return (within, fastest, min((each.latency_nanoseconds for each in known), default=None))
+    known = [link for link in others if link is not None]
+    fastest = max((link.bytes_per_second for link in known), default=None)
+    return (within, fastest, min((link.latency_nanoseconds for link in known), default=None))
 
 
 def _of_hosts(

@@ -125,7 +125,7 @@ class Pipeline:
     def slowest_stage(self) -> int | None:
         """The number of the stage that takes longest to decode; `None` if times are unknown."""
         times = [stage.decode_nanoseconds for stage in self.stages]
-        known = [each for each in times if each is not None]
+        known = [time for time in times if time is not None]
         return times.index(max(known)) if len(known) == len(times) else None
 
     def to_json(self) -> dict[str, Any]:
@@ -143,8 +143,8 @@ class Pipeline:
         Raises:
             KeyError, TypeError, ValueError: if the value is not one.
         """
-        hosts = tuple(PipelineHost(**{**each, "devices": _devices(each)}) for each in value["hosts"])
-        stages = tuple(Stage(**{**each, "devices": _devices(each)}) for each in value["stages"])
+        hosts = tuple(PipelineHost(**{**host, "devices": _devices(host)}) for host in value["hosts"])
+        stages = tuple(Stage(**{**stage, "devices": _devices(stage)}) for stage in value["stages"])
         return cls(**{**value, "hosts": hosts, "stages": stages})
 
 

@@ -83,7 +83,7 @@ def together(options: Sequence[Option]) -> Option:
         pieces=tuple(pieces.items()),
         visits=tuple(visits.items()),
         mode=options[0].mode,
-        ahead=tuple(each for option in options for each in option.ahead),
+        ahead=tuple(block for option in options for block in option.ahead),
         offloads_cache=any(option.offloads_cache for option in options),
     )
 

@@ -246,9 +246,9 @@ def _has_errors_within(place: Span, sink: Sink) -> bool:
     """Return whether an error was reported within a place, which may be why a figure is missing."""
     begin, end = (place.line, place.column), (place.end_line, place.end_column)
     return any(
-        each.span.file == place.file and begin <= (each.span.line, each.span.column) <= end
-        for each in sink
-        if each.span is not None and each.is_error
+        finding.span.file == place.file and begin <= (finding.span.line, finding.span.column) <= end
+        for finding in sink
+        if finding.span is not None and finding.is_error
     )
 
 

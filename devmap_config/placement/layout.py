@@ -104,7 +104,11 @@ class Runs:
         begin = 0
         found: dict[int, Device] = {}
         for device, switches in zip(self.order, [*self.ends, None], strict=True):
-            end = len(free) if switches is None else next(place for place, each in enumerate(switches) if values[each])
+            end = (
+                len(free)
+                if switches is None
+                else next(place for place, switch in enumerate(switches) if values[switch])
+            )
             found |= dict.fromkeys(free[begin:end], device)
             begin = end
         return found
@@ -135,8 +139,8 @@ def in_runs(program: Program, order: tuple[Device, ...]) -> Runs:
 
 def free_positions(program: Program) -> list[int]:
     """Return the positions of the blocks that belong to no group and have several options."""
-    free = (each for number, each in enumerate(program.classes) if _is_free(program, number))
-    return sorted(position for each in free for (position,) in each.members)
+    free = (block_class for number, block_class in enumerate(program.classes) if _is_free(program, number))
+    return sorted(position for block_class in free for (position,) in block_class.members)
 
 
 def _is_free(program: Program, number: int) -> bool:

@@ -131,7 +131,9 @@ class OptionBuilder:
 
     def _shared_elsewhere(self, module: Module, place: Place) -> dict[TensorName, Location]:
         """Return the locations of tensors of other blocks in this block's pieces, as if they had its place."""
-        names = (tensor.name for piece in self._pieces[module.path] for each in piece for tensor in each.own_tensors)
+        names = (
+            tensor.name for piece in self._pieces[module.path] for member in piece for tensor in member.own_tensors
+        )
         own = {tensor.name for tensor in module.tensors()}
         return {name: self._pinned(name) or self._around(place) for name in names if name not in own}
 
@@ -139,7 +141,7 @@ class OptionBuilder:
     def _pieces(self) -> Mapping[str, list[tuple[Module, ...]]]:
         """For each block, the pieces (modules that are copied in together) that hold a module of it."""
         graph = self.problem.graph
-        block_of = {each.path: block for block in graph.blocks for each in graph.modules[block].walk()}
+        block_of = {inner.path: block for block in graph.blocks for inner in graph.modules[block].walk()}
         pieces: dict[str, list[tuple[Module, ...]]] = {block: [] for block in graph.blocks}
         for piece in pieces_of(graph, self.problem.executor, self.main_device):
             for block in dict.fromkeys(block_of[module.path] for module in piece if module.path in block_of):
@@ -217,13 +219,13 @@ class OptionBuilder:
         """
         total_bytes = sum(tensor.size_bytes for tensor in module.tensors())
         found: list[tuple[int, int, str]] = []
-        for each in module.walk():
-            size_bytes = sum(tensor.size_bytes for tensor in each.tensors())
-            is_pinned = any(tensor.name in self.problem.pinned for tensor in each.tensors())
-            if is_pinned or self._must_offload(each) or each.path not in self._costs or size_bytes == total_bytes:
+        for part in module.walk():
+            size_bytes = sum(tensor.size_bytes for tensor in part.tensors())
+            is_pinned = any(tensor.name in self.problem.pinned for tensor in part.tensors())
+            if is_pinned or self._must_offload(part) or part.path not in self._costs or size_bytes == total_bytes:
                 continue
             if size_bytes * SMALLEST_PART >= total_bytes:
-                found.append((-size_bytes, len(found), each.path[len(module.path) + 1 :]))
+                found.append((-size_bytes, len(found), part.path[len(module.path) + 1 :]))
         outer = {
             path
             for size, _, path in found
@@ -237,7 +239,7 @@ class OptionBuilder:
     def _of_block(self, module: Module) -> Iterator[Option]:
         pinned = {self._pinned(tensor.name) for tensor in module.tensors()}
         if None not in pinned:
-            home = home_of(each.runs_on for each in pinned if each is not None)
+            home = home_of(location.runs_on for location in pinned if location is not None)
             yield from self._with_cache(module, home, ("resident",))
             return
         for builder in (self._resident, self._streamed, self._computed, self._part):
@@ -274,9 +276,9 @@ class OptionBuilder:
         prefilled = while_prefilled(module, locations, executor, self.main_device)
         measurement = problem.graph.measurement
         visits: dict[Device, int] = {}
-        for each in module.walk():
-            if (cost := self._costs.get(each.path)) is not None:
-                within = {locations[tensor.name].runs_on for tensor in each.tensors()}
+        for inner in module.walk():
+            if (cost := self._costs.get(inner.path)) is not None:
+                within = {locations[tensor.name].runs_on for tensor in inner.tensors()}
                 runs_on = next(iter(within)) if len(within) == 1 else home
                 kept_bytes = cost.cache_bytes + cost.retained_bytes
                 if offloads and cost.offloaded_bytes and runs_on.is_accelerator and measurement is not None:
@@ -289,21 +291,23 @@ class OptionBuilder:
             for device, size_bytes in copied_bytes(problem.graph, piece, homes, executor, self.main_device).items():
                 pieces[device] = max(pieces.get(device, 0), executor.pieces_at_once * size_bytes)
         peak_bytes = self._peak_bytes(module)
-        running = [location.runs_on for each in (locations, prefilled) for location in each.values()]
+        running = [
+            location.runs_on for homes_of_phase in (locations, prefilled) for location in homes_of_phase.values()
+        ]
         involved = dict.fromkeys([home, *running])
         peaks = dict.fromkeys(involved, peak_bytes)
         timings = self.timings if offloads else self._keeping_timings
         spent = [timing.module_time(module, locations).times(times) for timing, times in timings]
         return Option(
             home=home,
-            nanoseconds=sum(each.nanoseconds for each in spent),
+            nanoseconds=sum(time.nanoseconds for time in spent),
             demands=tuple((device, size_bytes) for device, size_bytes in demands.items() if size_bytes),
             peaks=tuple((device, size_bytes) for device, size_bytes in peaks.items() if size_bytes),
             pieces=tuple(pieces.items()),
             visits=tuple(visits.items()),
             mode=mode,
             around=None if home == around else around,
-            ahead=tuple(each for time in spent for each in time.ahead),
+            ahead=tuple(block for time in spent for block in time.ahead),
             offloads_cache=self._chooses_caches and bool(visits),
         )
 
@@ -315,17 +319,17 @@ class OptionBuilder:
 
     def _must_offload(self, module: Module) -> bool:
         """Return whether the module has a cache that is always offloaded, which only accelerators support."""
-        costs = (self._costs.get(each.path) for each in module.walk())
+        costs = (self._costs.get(inner.path) for inner in module.walk())
         return not self._chooses_caches and any(cost is not None and cost.offloaded_bytes for cost in costs)
 
     def offloaded_caches(self, module: Module, option: Option) -> Iterator[str]:
         """Yield the modules within a block whose cache is on the CPU while they do not run, under this option."""
         locations = self.locations(module, option.place)
-        for each in module.walk() if option.offloads_cache else ():
-            if (cost := self._costs.get(each.path)) is not None and cost.offloaded_bytes:
-                within = {locations[tensor.name].runs_on for tensor in each.tensors()}
+        for inner in module.walk() if option.offloads_cache else ():
+            if (cost := self._costs.get(inner.path)) is not None and cost.offloaded_bytes:
+                within = {locations[tensor.name].runs_on for tensor in inner.tensors()}
                 if (next(iter(within)) if len(within) == 1 else option.home).is_accelerator:
-                    yield each.path
+                    yield inner.path
 
     def _pinned(self, name: TensorName) -> Location | None:
         if name not in self.problem.pinned:
@@ -390,10 +394,10 @@ class OptionBuilder:
             for tensor in module.tensors()
         )
         costs = tuple(
-            (each.path[start:], None if cost is None else FIGURES(cost))
-            for each in module.walk()
-            for cost in (self._costs.get(each.path),)
+            (inner.path[start:], None if cost is None else FIGURES(cost))
+            for inner in module.walk()
+            for cost in (self._costs.get(inner.path),)
         )
-        is_alone = all(is_within(each.path, module.path) for piece in self._pieces[module.path] for each in piece)
+        is_alone = all(is_within(member.path, module.path) for piece in self._pieces[module.path] for member in piece)
         own = None if is_alone else module.path
         return (tensors, costs, self._composite_peaks.get(module.path, 0), module.path in self.grouped, own)

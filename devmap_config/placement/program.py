@@ -97,9 +97,11 @@ def program_of(chain: Chain, *, is_exact: bool = False) -> Program:
             share classes and the cost of hops is bounded from below.
     """
     hopping = set() if is_exact else {(target - 1, target) for target in chain.hops}
-    flowing = [each for each in chain.transfers if (each.source, each.target) not in hopping]
+    flowing = [transfer for transfer in chain.transfers if (transfer.source, transfer.target) not in hopping]
     classes, milp = _classes(chain, flowing), Milp()
-    counts = tuple(tuple(milp.variable(len(each.members)) for _ in each.options) for each in classes)
+    counts = tuple(
+        tuple(milp.variable(len(block_class.members)) for _ in block_class.options) for block_class in classes
+    )
     hops = milp.variable(MOST_HOPS, is_integer=False)
     objective = {hops: HOPS_UNIT}
     for block_class, variables in zip(classes, counts, strict=True):
@@ -166,7 +168,9 @@ def _shared_options(blocks: list[Block]) -> Iterator[_Way]:
     for place in by_place[0]:
         if all(place in indices for indices in by_place):
             either = [indices[place] for indices in by_place]
-            choices = (tuple(each.get(wanted, each.get(not wanted, 0)) for each in either) for wanted in (False, True))
+            choices = (
+                tuple(options.get(wanted, options.get(not wanted, 0)) for options in either) for wanted in (False, True)
+            )
             for choice in dict.fromkeys(choices):
                 yield choice, together([block.options[index] for block, index in zip(blocks, choice, strict=True)])
 
@@ -286,7 +290,9 @@ def _add_walk(program: Program, row: list[int]) -> Terms:
     """
     chain, milp = program.chain, program.milp
     times = list({id(chain.hops[target]): chain.hops[target] for target in row[1:]}.values())
-    prices = {pair: min(each.get(pair, 0) for each in times) for pair in permutations(chain.devices, 2)}
+    prices = {
+        pair: min(prices_of_hop.get(pair, 0) for prices_of_hop in times) for pair in permutations(chain.devices, 2)
+    }
     kinds = _kinds(chain.devices, prices)
     hops = {
         (source, target): milp.variable(len(row), is_integer=False)

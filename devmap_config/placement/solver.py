@@ -61,7 +61,7 @@ def solve(chain: Chain, at_most: int = UNREACHABLE) -> ChainSolution:
     is_exact = prod(len(block.options) for block in chain.blocks) <= FEW_CHOICES
     choices, bound = _solved(chain, at_most, is_exact=is_exact)
     timed = [Fastest(choice, chain.nanoseconds(choice)) for choice in choices]
-    fastest = min(timed, key=lambda each: each.nanoseconds, default=None)
+    fastest = min(timed, key=lambda choice: choice.nanoseconds, default=None)
     if fastest is None or fastest.nanoseconds >= at_most:
         return ChainSolution(None, min(bound, at_most))
     return ChainSolution(fastest, bound)
@@ -87,8 +87,10 @@ def _solved(chain: Chain, at_most: int, *, is_exact: bool) -> tuple[list[Choice]
 def _cut(program: Program, choice: Choice) -> list[Choice]:
     """Return choices with one run of blocks for each device that a choice uses, in a few orders of the devices."""
     order, found = order_in(program, choice), []
-    for each in dict.fromkeys((order, order[::-1], tuple(each for each in program.chain.devices if each in order))):
-        runs = in_runs(program, each)
+    for devices in dict.fromkeys(
+        (order, order[::-1], tuple(device for device in program.chain.devices if device in order))
+    ):
+        runs = in_runs(program, devices)
         values = runs.milp.minimize(program.objective, nodes=CUT_NODES).values
         if values is not None:
             found.append(laid_out(program, values, runs))

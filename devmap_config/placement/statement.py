@@ -77,7 +77,7 @@ class Statement:
         if graph.measurement is None or graph.measurement.workload.cache != PARTLY:
             return None
         chosen = [(block, block.options[index]) for block, index in zip(self.chain.blocks, choice, strict=True)]
-        holding = ((graph.modules[ModulePath(block.name)], each) for block, each in chosen if each.offloads_cache)
+        holding = ((graph.modules[ModulePath(block.name)], option) for block, option in chosen if option.offloads_cache)
         found = {path for module, option in holding for path in self._builder.offloaded_caches(module, option)}
         return tuple(cost.path for cost in graph.measurement.modules if cost.path in found)
 

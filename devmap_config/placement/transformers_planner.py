@@ -210,7 +210,7 @@ class _Filling:
         if not self._forbidden:
             return True
         nodes = (node, *(item[1] for item in tied_items))
-        return not any(device in self._forbidden.get(tensor.name, ()) for each in nodes for tensor in _tensors(each))
+        return not any(device in self._forbidden.get(tensor.name, ()) for item in nodes for tensor in _tensors(item))
 
     def _next_allowed(
         self, current: int, node: Module | Tensor, tied_items: Sequence[_Item], size_bytes: int

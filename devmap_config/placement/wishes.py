@@ -191,7 +191,9 @@ def _one_run_each(granted: _GrantedWishes) -> None:
     choice = granted.choice()
     order = () if choice is None else order_in(program_of(granted.chain), choice)
     orders = dict.fromkeys((tuple(device for device in granted.chain.devices if device in order), order))
-    granted.order = next((each for each in orders if each and replace(granted, order=each).is_possible), ())
+    granted.order = next(
+        (candidate for candidate in orders if candidate and replace(granted, order=candidate).is_possible), ()
+    )
 
 
 def _long_context(granted: _GrantedWishes) -> None:
@@ -242,7 +244,7 @@ WISHES = (
     Wish(_least_context),
     Wish(
         _little_of(_devices_used),
-        lambda plan: len({each.location.runs_on for each in plan.assignments}),
+        lambda plan: len({assignment.location.runs_on for assignment in plan.assignments}),
         lambda after, before: f"{after:,} devices run it instead of {before:,}",
     ),
     Wish(_little_of(_late_devices)),

@@ -98,7 +98,9 @@ def _assembled(placed: Placed, problem: Problem, prepared: Prepared) -> Plan:
     plan = replace(plan, prediction=predict(plan, graph, prepared.inventory, bound_decode_nanoseconds=bound))
     budgets = placed.budgets
     if budgets is not None and graph.measurement is not None and not budgets.is_mended and _decide_alone(problem):
-        plan = replace(plan, max_memory={each.in_device_map: size for each, size in budgets.max_memory.items()})
+        plan = replace(
+            plan, max_memory={size_bytes.in_device_map: size for size_bytes, size in budgets.max_memory.items()}
+        )
     if placed.fastest is None:
         return plan
     return beside_fastest(plan, _assembled(placed.fastest, problem, prepared), problem.aim)
@@ -110,7 +112,7 @@ def _decide_alone(problem: Problem) -> bool:
     return (
         not has_constraints
         and not problem.graph.adapter_tensors
-        and all(each.offloaded_bytes is None for each in problem.graph.tensors.values())
+        and all(tensor.offloaded_bytes is None for tensor in problem.graph.tensors.values())
     )
 
 
@@ -123,7 +125,8 @@ def _told_of_budgets(
     rounds = counted(budgets.rounds, "round")
     tried = f"no plan of `{strategy}` was found in {rounds} of lower budgets; with all that there is, "
     return tuple(
-        replace(each, message=tried + each.message) if each.code == "over-capacity" else each for each in findings
+        replace(finding, message=tried + finding.message) if finding.code == "over-capacity" else finding
+        for finding in findings
     )
 
 

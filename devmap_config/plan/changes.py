@@ -59,7 +59,9 @@ def changed_inputs(
 def _change_of_order(lock: Lock, hosts: Iterable[str | None]) -> dict[str, str]:
     """Return the change in the order of the hosts, by which they get layers; empty if it is the same."""
     devices = (Device.from_text(use["id"]) for use in lock.plan["devices"])
-    before, after = (", ".join(map(str, dict.fromkeys(each))) for each in ((device.host for device in devices), hosts))
+    before, after = (
+        ", ".join(map(str, dict.fromkeys(names))) for names in ((device.host for device in devices), hosts)
+    )
     return {} if before == after else {"hosts": f"in another order: {before} → {after}"}
 
 

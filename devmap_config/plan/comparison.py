@@ -53,5 +53,5 @@ def _rank(plan: Plan, aim: Aim | None) -> tuple[int, ...]:
     if plan.strategy == "longest-context":
         return (-(plan.prediction.longest_context or 0), total)
     if plan.strategy == "fewest-devices":
-        return (len({each.location.runs_on for each in plan.assignments}), total)
+        return (len({assignment.location.runs_on for assignment in plan.assignments}), total)
     return (total,)

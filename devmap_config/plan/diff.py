@@ -206,7 +206,7 @@ def difference(
             for name, meant in SETTINGS.items()
             if not (change := ValueChange(before.get(name, meant), after.get(name, meant))).is_none
         },
-        basis={phase: ValueChange(*(each.get(phase) for each in bases)) for phase in OWN},
+        basis={phase: ValueChange(*(side.get(phase) for side in bases)) for phase in OWN},
         models_differ=models_differ,
     )
 

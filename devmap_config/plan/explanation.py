@@ -68,7 +68,9 @@ def savings(plan: Plan, graph: ModelGraph, inventory: Inventory, phase: Phase) -
     }
     times = ((what, getattr(predict(plan, graph, other), OWN[phase])) for what, other in faster.items())
     found = [Saving(what=what, nanoseconds=time) for what, time in times if time is not None]
-    return tuple(sorted((each for each in found if each.nanoseconds < 0.99 * now), key=lambda each: each.nanoseconds))
+    return tuple(
+        sorted((saving for saving in found if saving.nanoseconds < 0.99 * now), key=lambda saving: saving.nanoseconds)
+    )
 
 
 def _with_devices(inventory: Inventory, chosen: Callable[[InventoryDevice], bool], *figures: str) -> Inventory:
@@ -100,9 +102,9 @@ def alternatives(plan: Plan, graph: ModelGraph, inventory: Inventory, block: str
     if module is None:
         return ()
     tensors = tuple(tensor.name for tensor in module.tensors())
-    inside = [each for each in plan.assignments if is_within(each.unit, block)]
-    now = {each.location for each in inside}
-    others = [each for each in plan.assignments if each not in inside]
+    inside = [assignment for assignment in plan.assignments if is_within(assignment.unit, block)]
+    now = {assignment.location for assignment in inside}
+    others = [assignment for assignment in plan.assignments if assignment not in inside]
     places: list[Location] = []
     capacities = {use.id: use.capacity_bytes for use in plan.devices}  # less the needs of a draft model
     for device in capacities:
@@ -136,7 +138,7 @@ def other_cache(plan: Plan, graph: ModelGraph, inventory: Inventory, block: str)
         return None
     holding = [cost.path for cost in graph.measurement.modules if cost.offloaded_bytes]
     own = {path for path in holding if is_within(path, block)}
-    inside = [each.location for each in plan.assignments if is_within(each.unit, block)]
+    inside = [assignment.location for assignment in plan.assignments if is_within(assignment.unit, block)]
     if not own or not any(location.runs_on.is_accelerator for location in inside):
         return None
     now = set(plan.offloaded_caches)
@@ -151,7 +153,7 @@ def _compared(plan: Plan, moved: Plan, location: Location, graph: ModelGraph, in
     """Compare a plan with the one that has a block or its cache at another location."""
     fullest = min(moved.devices, key=lambda use: use.free_bytes)
     phase: Phase = "decode" if graph.decodes else "prefill"
-    times = tuple(getattr(each, OWN[phase]) for each in (predict(moved, graph, inventory), plan.prediction))
+    times = tuple(getattr(prediction, OWN[phase]) for prediction in (predict(moved, graph, inventory), plan.prediction))
     is_known = None not in times
     return Alternative(
         location=location,

@@ -66,9 +66,9 @@ def prefer_locked_plan(plan: Plan, lock: Lock, prepared: Prepared) -> Plan:
 def _homes(plan: Plan) -> Homes:
     """Return the store of each tensor and, if its unit runs elsewhere than usual, the device on which it runs."""
     return {
-        name: (each.location.stored_on, plan.compute.get(each.unit))
-        for each in plan.assignments
-        for name in each.tensors
+        name: (assignment.location.stored_on, plan.compute.get(assignment.unit))
+        for assignment in plan.assignments
+        for name in assignment.tensors
     }
 
 
@@ -151,4 +151,4 @@ def _is_as_good(earlier: Plan, new: Plan) -> bool:
 
 
 def _used(plan: Plan) -> int:
-    return len({each.location.runs_on for each in plan.assignments})
+    return len({assignment.location.runs_on for assignment in plan.assignments})

@@ -261,7 +261,7 @@ def _assignments(problem: PipelineProblem, pipeline: Pipeline) -> Iterator[Assig
         stage = stage_of.get(path, pipeline.stages[-1 if path in layers.behind else 0])
         if names:
             yield Assignment(path, names, Location(stage.devices[0], stage.devices[0]))
-    placed = {name for path in graph.blocks for name in (each.name for each in graph.modules[path].tensors())}
+    placed = {name for path in graph.blocks for name in (tensor.name for tensor in graph.modules[path].tensors())}
     for name in graph.tensors:
         if name not in placed:
             yield Assignment(name, (name,), Location(pipeline.stages[0].devices[0], pipeline.stages[0].devices[0]))
@@ -290,8 +290,8 @@ def _prediction(problem: PipelineProblem, pipeline: Pipeline, slots: Sequence[Sl
     chunks = (
         -(-workload.context_length // workload.prompt_length) if workload.prompt_length < workload.context_length else 1
     )
-    known_decode = [each for each in decode if each is not None]
-    known_prefill = [each for each in prefill if each is not None]
+    known_decode = [time for time in decode if time is not None]
+    known_prefill = [time for time in prefill if time is not None]
     token = prompt = None
     if len(known_decode) == len(slots) and problem.measurement.decodes and problem.measurement.measured:
         token = max(sum(known_decode), problem.batches(len(slots)) * max(known_decode)) or None

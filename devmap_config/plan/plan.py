@@ -334,10 +334,12 @@ def assemble(
         Assignment(unit.name, unit.tensors, executor.location(stored_on, main_device, compute))
         for unit, (stored_on, compute) in placed
     )
-    prefilled = [executor.prefill_location(each.unit, each.location, main_device) for each in assignments]
+    prefilled = [
+        executor.prefill_location(assignment.unit, assignment.location, main_device) for assignment in assignments
+    ]
     if executor.works_ahead and not any(map(executor.is_brought_ahead, prefilled)):
         executor = replace(LEFT, offloaded_caches=executor.offloaded_caches)
-    elif prefilled == [each.location for each in assignments] and executor.prefilled_from:
+    elif prefilled == [assignment.location for assignment in assignments] and executor.prefilled_from:
         executor = replace(AHEAD, offloaded_caches=executor.offloaded_caches)
     devices = device_uses(graph, assignments, capacities, executor)
     on_cpu = next((use.loading_bytes for use in devices if use.id == CPU), None)
@@ -366,20 +368,20 @@ def device_uses(
         executor: the executor that runs the plan.
     """
     placed = tuple(assignments)
-    main_device = executor.main_device(each.location.stored_on for each in placed)
+    main_device = executor.main_device(assignment.location.stored_on for assignment in placed)
     stored: dict[Device, list[TensorName]] = {device: [] for device in capacities}
     offloaded: set[TensorName] = set()
-    for each in placed:
-        if executor.is_offloaded(each.location, main_device):
-            offloaded.update(each.tensors)
-        for name in each.tensors:
-            home = executor.residence(graph.tensors[name], each.location)
+    for assignment in placed:
+        if executor.is_offloaded(assignment.location, main_device):
+            offloaded.update(assignment.tensors)
+        for name in assignment.tensors:
+            home = executor.residence(graph.tensors[name], assignment.location)
             stored.setdefault(home, []).append(name)
     running = running_of(graph, placed, executor)
     costs = {} if running is None else running.costs()
     none = RunningCost()
     loading = loading_extra_bytes(graph, placed)
-    prefilled = [executor.prefill_location(each.unit, each.location, main_device) for each in placed]
+    prefilled = [executor.prefill_location(assignment.unit, assignment.location, main_device) for assignment in placed]
     is_moved = any(location.stored_on == CPU and executor.streams(location) for location in prefilled)
     if executor.works_ahead and is_moved:  # while weights move to pinned memory, one piece at a time is there twice
         streamed = (cost.streaming_bytes for device, cost in costs.items() if device.is_accelerator)
@@ -415,9 +417,9 @@ def _streamed_bytes(
         return not decodes or (cost is not None and cost.decode_launches > 0)
 
     copied = [
-        (name, executor.is_offloaded(each.location, main_device))
-        for each in assignments
-        for name in each.tensors
-        if executor.is_copied_in(graph.tensors[name], each.location) and runs(name)
+        (name, executor.is_offloaded(assignment.location, main_device))
+        for assignment in assignments
+        for name in assignment.tensors
+        if executor.is_copied_in(graph.tensors[name], assignment.location) and runs(name)
     ]
     return graph.weights_bytes([name for name, _ in copied], {name for name, is_offloaded in copied if is_offloaded})

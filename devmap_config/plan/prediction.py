@@ -113,7 +113,7 @@ def _basis_of_stages(pipeline: Pipeline, inventory: Inventory) -> Basis:
 def _spread(basis: Basis, phase: Phase, plan: Plan, inventory: Inventory) -> Spread | None:
     if basis == "calibrated":
         return inventory.spreads.get(phase)
-    kinds = {each.location.runs_on.kind for each in plan.assignments}
+    kinds = {assignment.location.runs_on.kind for assignment in plan.assignments}
     return SPREADS.get((basis, kinds.pop()), {}).get(phase) if len(kinds) == 1 else None
 
 

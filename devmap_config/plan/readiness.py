@@ -89,7 +89,7 @@ def differences(
             found += _disk(demand, may_be_read_in_place=disk_may_be_read_in_place)
         else:
             found += _memory(demand)
-    return tuple(replace(each, span=span) for each in found)
+    return tuple(replace(finding, span=span) for finding in found)
 
 
 def _needs(lock: Lock) -> dict[Device, int]:
@@ -119,7 +119,7 @@ def _demand(device: Device, needed_bytes: int, lock: Lock, seen: SeenMachine) ->
     if device == DISK:
         free_bytes = None if seen.disk is None else seen.disk.free_bytes
         return Demand(device=device, needed_bytes=needed_bytes, memory_bytes=free_bytes, free_bytes=free_bytes)
-    card = next((each for each in seen.accelerators if each.id == device), None)
+    card = next((card for card in seen.accelerators if card.id == device), None)
     if card is None:
         return Demand(device=device, needed_bytes=needed_bytes, is_there=False)
     return Demand(
@@ -133,8 +133,8 @@ def _demand(device: Device, needed_bytes: int, lock: Lock, seen: SeenMachine) ->
 
 
 def _missing(lock: Lock, seen: SeenMachine, wanted: tuple[Demand, ...]) -> Iterator[Diagnostic]:
-    there = [each.id for each in seen.accelerators]
-    missing = [each.device for each in wanted if each.device.is_accelerator and each.device not in there]
+    there = [card.id for card in seen.accelerators]
+    missing = [demand.device for demand in wanted if demand.device.is_accelerator and demand.device not in there]
     kind = kind_needed(lock)
     advice = "compile a profile that describes this machine, or run on the one that this profile describes"
     if missing and seen.kind not in (None, kind):
@@ -150,12 +150,12 @@ def _missing(lock: Lock, seen: SeenMachine, wanted: tuple[Demand, ...]) -> Itera
 def _other_cards(lock: Lock, seen: SeenMachine) -> Iterator[Diagnostic]:
     """Yield a warning for each card that is not the planned one: it may work, but predictions are for the other."""
     used = _needs(lock)
-    for each in seen.accelerators:
-        planned = lock.hardware.get(str(each.id), {}).get("accelerator") if each.id in used else None
-        if planned is not None and each.accelerator != planned:
+    for card in seen.accelerators:
+        planned = lock.hardware.get(str(card.id), {}).get("accelerator") if card.id in used else None
+        if planned is not None and card.accelerator != planned:
             yield Diagnostic.warning(
                 "another-card",
-                f"{each.id} is {each.accelerator or each.name}, and the plan was made for {planned}",
+                f"{card.id} is {card.accelerator or card.name}, and the plan was made for {planned}",
                 help="speeds were predicted for the other; describe this machine and compile again",
             )
 

@@ -132,8 +132,10 @@ class _RemedySearch:
         memory.
         """
         inventory = self.prepared.inventory
-        described = next((each for each in inventory.accelerators if each.accelerator is None), None)
-        device = described or next((each for each in inventory.devices if each.id == CPU), None)
+        described = next(
+            (accelerator for accelerator in inventory.accelerators if accelerator.accelerator is None), None
+        )
+        device = described or next((device for device in inventory.devices if device.id == CPU), None)
         name, before = (device.id, device.memory_bytes) if device is not None else (CPU, 0)
 
         def enlarged(gibibytes: int) -> ProfileChange:

@@ -42,8 +42,13 @@ def review(plan: Plan, prepared: Prepared) -> tuple[Diagnostic, ...]:
 
         return review_pipeline(plan, prepared)
     loaded, graph, resolution, sink = prepared.loaded, prepared.graph, prepared.resolution, Sink()
-    check_quantizer({each.unit: each.location.stored_on for each in plan.assignments}, prepared, sink)
-    streamed = {name for each in plan.assignments if plan.executor.streams(each.location) for name in each.tensors}
+    check_quantizer({assignment.unit: assignment.location.stored_on for assignment in plan.assignments}, prepared, sink)
+    streamed = {
+        name
+        for assignment in plan.assignments
+        if plan.executor.streams(assignment.location)
+        for name in assignment.tensors
+    }
     check_adapter_placement(streamed, prepared, sink)
     split: dict[int, tuple[Rule, list[str]]] = {}
     stranded: dict[int, tuple[Decision, list[Violation]]] = {}
@@ -123,7 +128,7 @@ def _report_stranded(
     decision: Decision, violations: list[Violation], plan: Plan, graph: ModelGraph, sink: Sink
 ) -> None:
     names = [violation.subjects[0] for violation in violations]
-    units = {each.unit for each in plan.assignments}
+    units = {assignment.unit for assignment in plan.assignments}
     # A tensor that is placed by itself can be pinned elsewhere; a part that is taken out of a block strands others.
     to_pin = [name if name in units else _block_around(name, graph) for name in names]
     patterns = " and ".join(f"`{pattern}`" for pattern in fold_paths(dict.fromkeys(to_pin))[:3])
@@ -147,7 +152,7 @@ def _check_first_parameter(plan: Plan, prepared: Prepared, sink: Sink) -> None:
     """Report a first parameter that is offloaded between two forwards: transformers sends proposed tokens to its
     device.
     """
-    first = next((each.name for each in prepared.graph.tensors.values() if not each.is_held_in_buffer), None)
+    first = next((tensor.name for tensor in prepared.graph.tensors.values() if not tensor.is_held_in_buffer), None)
     if plan.draft is None or first is None or not plan.executor.streams(location := plan.locations[first]):
         return
     if plan.executor.works_ahead and not location.runs_on.is_accelerator:
@@ -257,19 +262,19 @@ def _computes_apart(violation: Violation, plan: Plan) -> bool:
     """Return whether a part that is stored apart from its block computes there, on the CPU, or runs with the whole
     block.
     """
-    parts = [each for each in plan.assignments if each.unit.startswith(f"{violation.subjects[0]}.")]
+    parts = [assignment for assignment in plan.assignments if assignment.unit.startswith(f"{violation.subjects[0]}.")]
     streamed = {
-        each.location.stored_on
-        for each in parts
-        if each.unit not in plan.computed_on_cpu and not each.location.is_one_device
+        part.location.stored_on
+        for part in parts
+        if part.unit not in plan.computed_on_cpu and not part.location.is_one_device
     }
-    stores = {each.location.stored_on for each in parts if each.unit not in plan.computed_on_cpu}
-    return len(stores) <= 1 or (len(streamed) == 1 and len({each.location.runs_on for each in parts}) == 1)
+    stores = {part.location.stored_on for part in parts if part.unit not in plan.computed_on_cpu}
+    return len(stores) <= 1 or (len(streamed) == 1 and len({part.location.runs_on for part in parts}) == 1)
 
 
 def _cost_of_split(plan: Plan, block: str) -> str:
-    parts = [each for each in plan.assignments if each.unit.startswith(f"{block}.")]
-    running = sorted({each.location.runs_on for each in parts})
+    parts = [assignment for assignment in plan.assignments if assignment.unit.startswith(f"{block}.")]
+    running = sorted({part.location.runs_on for part in parts})
     if len(running) == 1:
         return f"all of it runs on {running[0]}: what is stored elsewhere is copied there at every forward"
     return (
@@ -292,17 +297,19 @@ def _cause_of_split(violation: Violation, graph: ModelGraph, resolution: Resolut
 def _check_compute(plan: Plan, resolution: Resolution, sink: Sink) -> None:
     """Check that modules run where they are stored, on the main device, or on the CPU that stores them."""
     reported: set[int] = set()
-    for each in plan.assignments:
-        stored_on = each.location.stored_on
-        if plan.executor.can_run(each.location, plan.main_device):
+    for assignment in plan.assignments:
+        stored_on = assignment.location.stored_on
+        if plan.executor.can_run(assignment.location, plan.main_device):
             continue
-        decision = next((resolution.decisions[name] for name in each.tensors if name in resolution.decisions), None)
+        decision = next(
+            (resolution.decisions[name] for name in assignment.tensors if name in resolution.decisions), None
+        )
         if decision is None or id(decision.rule) in reported:
             continue
         reported.add(id(decision.rule))
         sink.error(
             "bad-compute",
-            f"what is stored on {stored_on} cannot run on {each.location.runs_on}",
+            f"what is stored on {stored_on} cannot run on {assignment.location.runs_on}",
             decision.rule.span,
             help=f"it runs on {plan.executor.location(stored_on, plan.main_device).runs_on};"
             " only what is stored on `cpu` may say `compute: cpu`, or another card where weights are copied ahead",
@@ -330,7 +337,7 @@ def _check_cache(plan: Plan, prepared: Prepared, sink: Sink) -> None:
 def _check_offload_folder(plan: Plan, loaded: LoadedProfile, sink: Sink) -> None:
     if loaded.profile.placement.offload.folder.value is not None or DISK not in loaded.profile.hardware.listed:
         return
-    used = any(each.location.stored_on == DISK for each in plan.assignments)
+    used = any(assignment.location.stored_on == DISK for assignment in plan.assignments)
     report = sink.error if used else sink.warning
     report(
         "missing-offload-folder",

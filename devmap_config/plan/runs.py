@@ -84,15 +84,15 @@ def runs_of(plan: Plan, graph: ModelGraph) -> tuple[Run, ...]:
         named = unit if unit and not block.startswith(f"{unit}.") else block
         held.setdefault(_HeldTensors(device, runs_on, mode, block), {}).setdefault(named, []).append(name)
     kinds: dict[_Kind, list[_HeldTensors]] = {}
-    for each, parts in held.items():
-        path = tuple("" if number_in(segment) is not None else segment for segment in each.block.split("."))
-        relative = tuple(part[len(each.block) :] for part in parts)
-        kinds.setdefault(_Kind(each.device, each.runs_on, each.mode, path, relative), []).append(each)
+    for key, parts in held.items():
+        path = tuple("" if number_in(segment) is not None else segment for segment in key.block.split("."))
+        relative = tuple(part[len(key.block) :] for part in parts)
+        kinds.setdefault(_Kind(key.device, key.runs_on, key.mode, path, relative), []).append(key)
     offloaded = {
         name
-        for each in plan.assignments
-        if plan.executor.is_offloaded(each.location, plan.main_device)
-        for name in each.tensors
+        for assignment in plan.assignments
+        if plan.executor.is_offloaded(assignment.location, plan.main_device)
+        for name in assignment.tensors
     }
     runs = []
     for use in plan.devices:
@@ -101,11 +101,11 @@ def runs_of(plan: Plan, graph: ModelGraph) -> tuple[Run, ...]:
         for kind, alike in kinds.items():
             if kind.device != use.id:
                 continue
-            names += (name for each in alike for tensors in held[each].values() for name in tensors)
+            names += (name for path in alike for tensors in held[path].values() for name in tensors)
             held_bytes = graph.weights_bytes(names, offloaded)
             runs.append(
                 Run(
-                    patterns=fold_paths(part for each in alike for part in held[each]),
+                    patterns=fold_paths(part for path in alike for part in held[path]),
                     device=use.id,
                     runs_on=kind.runs_on,
                     mode=kind.mode,
@@ -123,7 +123,9 @@ def _stages(plan: Plan, pipeline: Pipeline) -> Iterator[Run]:
     for use in plan.devices:
         if (stage := stage_of.get(use.id)) is None:
             continue
-        units = [each.unit for each in plan.assignments if each.location.stored_on == stage.devices[0]]
+        units = [
+            assignment.unit for assignment in plan.assignments if assignment.location.stored_on == stage.devices[0]
+        ]
         patterns = fold_paths(units)
         yield Run(
             patterns=tuple(sorted(patterns, key=lambda pattern: "[" not in pattern)),  # its layers come first
@@ -138,7 +140,9 @@ def _stages(plan: Plan, pipeline: Pipeline) -> Iterator[Run]:
 
 def _stored(plan: Plan, graph: ModelGraph) -> Iterator[tuple[Device, Device, Mode, str, TensorName]]:
     """Yield each tensor with the device that holds it, the one that runs it, the mode, and its unit."""
-    location_of = {name: (each.unit, each.location) for each in plan.assignments for name in each.tensors}
+    location_of = {
+        name: (assignment.unit, assignment.location) for assignment in plan.assignments for name in assignment.tensors
+    }
     for name in graph.tensors:
         if name not in location_of:
             continue

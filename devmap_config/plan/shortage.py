@@ -36,8 +36,8 @@ def report_obstacle(obstacle: Obstacle, problem: Problem, prepared: Prepared, tr
         _report_shortages(obstacle, problem, prepared, trials, sink)
     else:
         help = _what_counts_with_all(problem, prepared, trials)
-        for each in obstacle:
-            sink.report(replace(each, help=help) if help and each.code == "over-capacity" else each)
+        for finding in obstacle:
+            sink.report(replace(finding, help=help) if help and finding.code == "over-capacity" else finding)
 
 
 def _what_counts_with_all(problem: Problem, prepared: Prepared, trials: Trials) -> str | None:
@@ -106,7 +106,7 @@ def _report_shortages(infeasible: Infeasible, problem: Problem, prepared: Prepar
 def _report_impasse(infeasible: Infeasible, problem: Problem, prepared: Prepared, trials: Trials, sink: Sink) -> None:
     impasse, quantization = impasse_of(problem, prepared, trials), prepared.model.quantization
     pinned = set(problem.pinned.values())
-    refused = [each for each in problem.refused if problem.accelerators and each not in pinned]
+    refused = [device for device in problem.refused if problem.accelerators and device not in pinned]
     listed = ", ".join(
         f"{device} ({format_bytes(size_bytes)})"
         for device, size_bytes in problem.capacities.items()

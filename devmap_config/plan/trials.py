@@ -45,7 +45,7 @@ class ProfileChange:
     @property
     def is_of_model(self) -> bool:
         """True if the model has to be measured anew."""
-        return any(each is not None for each in (self.context_length, self.cache, self.quantization))
+        return any(value is not None for value in (self.context_length, self.cache, self.quantization))
 
     def applied_to(self, loaded: LoadedProfile) -> LoadedProfile:
         """Return the profile with this change."""

@@ -68,8 +68,8 @@ def _stored_on(plan: Plan) -> dict[str, Device]:
 def coverage(plan: Plan, graph: ModelGraph) -> Iterator[Violation]:
     """Yield a violation for each tensor that does not have exactly one place."""
     times = dict.fromkeys(map(str, graph.tensors), 0)
-    for each in plan.assignments:
-        for name in each.tensors:
+    for assignment in plan.assignments:
+        for name in assignment.tensors:
             times[name] = times.get(name, 0) + 1
     if missing := tuple(name for name, count in times.items() if count == 0):
         message = f"the plan gives no device to {first_of([f'`{name}`' for name in missing])}"
@@ -80,16 +80,16 @@ def coverage(plan: Plan, graph: ModelGraph) -> Iterator[Violation]:
 
 
 def _known_units(plan: Plan, graph: ModelGraph) -> Iterator[Violation]:
-    for each in plan.assignments:
-        if each.unit in graph.modules:
-            holds = {str(tensor.name) for tensor in graph.modules[each.unit].tensors()}  # type: ignore[index]
+    for assignment in plan.assignments:
+        if assignment.unit in graph.modules:
+            holds = {str(tensor.name) for tensor in graph.modules[assignment.unit].tensors()}  # type: ignore[index]
         else:
-            holds = {each.unit} & set(map(str, graph.tensors))
-        if not holds or holds != set(map(str, each.tensors)):
+            holds = {assignment.unit} & set(map(str, graph.tensors))
+        if not holds or holds != set(map(str, assignment.tensors)):
             yield Violation(
                 kind="unknown-unit",
-                message=f"`{each.unit}` does not hold the tensors that the plan says it does",
-                subjects=(each.unit,),
+                message=f"`{assignment.unit}` does not hold the tensors that the plan says it does",
+                subjects=(assignment.unit,),
             )
 
 
@@ -98,7 +98,7 @@ def _flatness(plan: Plan, graph: ModelGraph) -> Iterator[Violation]:
     differently.
     """
     del graph
-    units = {each.unit for each in plan.assignments}
+    units = {assignment.unit for assignment in plan.assignments}
     for unit in sorted(units):
         around = [unit[:index] for index, character in enumerate(unit) if character == "."]
         if unit:
@@ -116,7 +116,7 @@ def _readability(plan: Plan, graph: ModelGraph) -> Iterator[Violation]:
     """Yield violations of the map as transformers' `expand_device_map` reads it: with all keys in one unescaped
     expression.
     """
-    devices = {each.unit: each.location.stored_on for each in plan.assignments}
+    devices = {assignment.unit: assignment.location.stored_on for assignment in plan.assignments}
     if not devices:
         return
     expression = compile_keys(devices)
@@ -134,8 +134,12 @@ def _readability(plan: Plan, graph: ModelGraph) -> Iterator[Violation]:
 
 def _quantizer_reading(plan: Plan, graph: ModelGraph) -> Iterator[Violation]:
     """Yield violations of the map as quantizers read it that leave offloaded weights unquantised."""
-    homes = {name: each for each in plan.assignments for name in each.tensors}
-    offloaded = [each.unit for each in plan.assignments if plan.executor.is_offloaded(each.location, plan.main_device)]
+    homes = {name: assignment for assignment in plan.assignments for name in assignment.tensors}
+    offloaded = [
+        assignment.unit
+        for assignment in plan.assignments
+        if plan.executor.is_offloaded(assignment.location, plan.main_device)
+    ]
     for tensor in graph.tensors.values():
         if tensor.offloaded_bytes is None or tensor.name not in homes:
             continue
@@ -191,19 +195,19 @@ def stranded_tensors(plan: Plan, graph: ModelGraph) -> dict[str, str]:
     and one on disk is not even loaded. Tensors of the model itself are moved to its device once, if they are loaded.
     """
     found = {}
-    for each in plan.assignments:
-        if each.unit in plan.computed_on_cpu:
-            if each.unit in each.tensors:
-                found[each.unit] = "is a tensor, and only a module computes on the CPU"
+    for assignment in plan.assignments:
+        if assignment.unit in plan.computed_on_cpu:
+            if assignment.unit in assignment.tensors:
+                found[assignment.unit] = "is a tensor, and only a module computes on the CPU"
             continue
-        runs_on = each.location.runs_on
-        if each.location.stored_on.is_accelerator or each.location == ON_CPU:
+        runs_on = assignment.location.runs_on
+        if assignment.location.stored_on.is_accelerator or assignment.location == ON_CPU:
             continue
-        for name in each.tensors:
-            home = plan.executor.residence(graph.tensors[name], each.location)
+        for name in assignment.tensors:
+            home = plan.executor.residence(graph.tensors[name], assignment.location)
             if home == DISK and name in graph.computed:
                 found[str(name)] = "is in no file of the checkpoint, since transformers computes it"
-            elif each.unit == name:
+            elif assignment.unit == name:
                 if home != runs_on or (home != CPU and "." in name):
                     found[str(name)] = "is placed apart from its module"
             elif home != runs_on and _class_around(name, graph) in USED_BY_THEIR_PARENT:
@@ -216,7 +220,7 @@ def _class_around(name: TensorName, graph: ModelGraph) -> str:
 
 
 def _strandings(plan: Plan, graph: ModelGraph) -> Iterator[Violation]:
-    homes = {name: each for each in plan.assignments for name in each.tensors}
+    homes = {name: assignment for assignment in plan.assignments for name in assignment.tensors}
     for name, reason in stranded_tensors(plan, graph).items():
         home = homes[name]  # type: ignore[index]
         consequence = f": nothing brings it from {home.location.stored_on} to {home.location.runs_on}"
@@ -230,11 +234,11 @@ def _strandings(plan: Plan, graph: ModelGraph) -> Iterator[Violation]:
 def _capacity(plan: Plan, graph: ModelGraph, capacities: Mapping[Device, int]) -> Iterator[Violation]:
     """Yield a violation for each device that holds more than its capacity, recomputed from the tensors."""
     held: dict[Device, dict[TensorName, int]] = {}
-    for each in plan.assignments:
-        for name in each.tensors:
-            home = plan.executor.residence(graph.tensors[name], each.location)
+    for assignment in plan.assignments:
+        for name in assignment.tensors:
+            home = plan.executor.residence(graph.tensors[name], assignment.location)
             tensor = graph.tensors[graph.storage_of[name]]
-            size_bytes = plan.executor.held_bytes(tensor, each.location, plan.main_device)
+            size_bytes = plan.executor.held_bytes(tensor, assignment.location, plan.main_device)
             held.setdefault(home, {})[tensor.name] = max(size_bytes, held.get(home, {}).get(tensor.name, 0))
     rows = {use.id: use for use in plan.devices}
     for device in sorted(held):
@@ -265,12 +269,12 @@ def _capacity(plan: Plan, graph: ModelGraph, capacities: Mapping[Device, int]) -
 
 
 def _prohibitions(plan: Plan, forbidden: Mapping[TensorName, Collection[Device]]) -> Iterator[Violation]:
-    for each in plan.assignments:
-        for name in each.tensors:
-            if each.location.stored_on in forbidden.get(name, ()):
+    for assignment in plan.assignments:
+        for name in assignment.tensors:
+            if assignment.location.stored_on in forbidden.get(name, ()):
                 yield Violation(
                     kind="forbidden-device",
-                    message=f"`{name}` is stored on {each.location.stored_on}, which a rule forbids",
+                    message=f"`{name}` is stored on {assignment.location.stored_on}, which a rule forbids",
                     subjects=(name,),
                 )
 

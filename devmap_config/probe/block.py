@@ -20,7 +20,9 @@ Route: TypeAlias = tuple[str, ...]
 
 def hardware_block(seen: SeenMachine, measured: Mapping[Route, Rate] | None = None) -> dict[str, Any]:
     """Return the `hardware` of a profile for this machine, with values in the form of a profile."""
-    devices = {str(each.id): _device(each) for each in seen.accelerators if is_described(each)}
+    devices = {
+        str(accelerator.id): _device(accelerator) for accelerator in seen.accelerators if is_described(accelerator)
+    }
     devices["cpu"] = {"memory": profile_bytes(seen.host.memory_bytes)}
     if seen.disk is not None:
         devices["disk"] = {"memory": profile_bytes(seen.disk.free_bytes)}
@@ -71,16 +73,18 @@ def block_text(seen: SeenMachine, block: Mapping[str, Any], measured: Mapping[Ro
 
     Beside each figure is a comment on its device, or on how it was `measured`.
     """
-    remarks: dict[Route, str] = {("devices", str(each.id)): _remark(each) for each in seen.accelerators}
+    remarks: dict[Route, str] = {
+        ("devices", str(accelerator.id)): _remark(accelerator) for accelerator in seen.accelerators
+    }
     remarks["devices", "cpu"] = _host_remark(seen)
     if seen.disk is not None:
         remarks["devices", "disk"] = f"free of {format_bytes(seen.disk.memory_bytes)}"
     remarks |= {route: _spread(route, rate) for route, rate in (measured or {}).items()}
     lines = ["hardware:", *(line for key, value in block.items() for line in _lines((key,), value, remarks))]
     lines += [
-        f"  # {each.id} is left out, for nothing tells its memory: {_remark(each)}"
-        for each in seen.accelerators
-        if not is_described(each)
+        f"  # {accelerator.id} is left out, for nothing tells its memory: {_remark(accelerator)}"
+        for accelerator in seen.accelerators
+        if not is_described(accelerator)
     ]
     return "\n".join(lines) + "\n"
 
@@ -91,8 +95,8 @@ def _lines(route: Route, value: Any, remarks: Mapping[Route, str]) -> Iterator[s
     begin = f"{'  ' * len(route)}{route[-1]}:"
     if any(other[: len(route)] == route != other for other in remarks):
         yield f"{begin}{remark}"
-        for key, each in value.items():
-            yield from _lines((*route, key), each, remarks)
+        for key, item in value.items():
+            yield from _lines((*route, key), item, remarks)
     else:
         yield f"{begin} {_flow(value)}{remark}"
 
@@ -107,7 +111,7 @@ def _spread(route: Route, rate: Rate) -> str:
 def _flow(value: Mapping[str, str] | str) -> str:
     if isinstance(value, str):
         return value
-    return "{" + ", ".join(f"{key}: {each}" for key, each in value.items()) + "}"
+    return "{" + ", ".join(f"{key}: {item}" for key, item in value.items()) + "}"
 
 
 def _remark(seen: SeenAccelerator) -> str:

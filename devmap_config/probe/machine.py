@@ -67,7 +67,7 @@ class SeenMachine:
     def to_json(self) -> dict[str, Any]:
         """Return it as plain data."""
         return {
-            "accelerators": [{**asdict(each), "id": str(each.id)} for each in self.accelerators],
+            "accelerators": [{**asdict(accelerator), "id": str(accelerator.id)} for accelerator in self.accelerators],
             "cpu": asdict(self.host),
             "disk": None if self.disk is None else asdict(self.disk),
         }

@@ -60,7 +60,7 @@ class Rate:
     @classmethod
     def of(cls, amount: int, seconds: Sequence[float], method: str) -> Rate:
         """Return the rate of passes that each process the same amount in these seconds."""
-        middle, least, most = (int(amount / each) for each in (median(seconds), max(seconds), min(seconds)))
+        middle, least, most = (int(amount / time) for time in (median(seconds), max(seconds), min(seconds)))
         return cls(middle, method, least=least, most=most, passes=len(seconds))
 
 

@@ -140,8 +140,8 @@ class Devices:
         operations = 2 * LAYER_TOKENS * sum(weight.numel() for weight in few)
         flops = Rate.of(operations, computing, f"{said}, {LAYER_TOKENS} tokens, beside reading them")
         one_token, prompt = (
-            self._products(dtype, available_bytes, tokens, bandwidth, flops, threads=each)
-            for tokens, each in ((1, threads), (NARROW_TOKENS, self._threads))
+            self._products(dtype, available_bytes, tokens, bandwidth, flops, threads=count)
+            for tokens, count in ((1, threads), (NARROW_TOKENS, self._threads))
         )
         if dtype == "bfloat16" and one_token is not None:
             self._product_seconds = 1 / one_token.per_second
@@ -157,12 +157,12 @@ class Devices:
         seconds = self._seconds(partial(self._multiply, weights, tokens), CPU, threads=threads)
         operations = 2 * tokens * NARROW_WIDTH**2 if tokens > 1 else 0
         explained = count * (layer_bytes / bandwidth.per_second + operations / flops.per_second)
-        besides = [each - explained for each in seconds]
+        besides = [time - explained for time in seconds]
         if median(besides) < LEAST_SHARE * median(seconds):
             return None
         several = f"{tokens} tokens" if tokens > 1 else "one token"
         method = f"{dtype} linear layers of {NARROW_WIDTH} by {NARROW_WIDTH}, {several}, beside reading and computing"
-        return Rate.of(count, [max(each, LEAST_SHARE * explained) for each in besides], method)
+        return Rate.of(count, [max(time, LEAST_SHARE * explained) for time in besides], method)
 
     def _multiply(self, weights: list[Any], tokens: int) -> None:
         for weight in weights:
@@ -212,7 +212,7 @@ class Devices:
 
         seconds = self._seconds(choose, CPU, threads=self._threads)
         besides = experts * len(weights) * self._product_seconds
-        reading = [max(each - besides, each / 2) for each in seconds]
+        reading = [max(time - besides, time / 2) for time in seconds]
         method = f"{CHOSEN} of {experts} experts of {hidden} by {inner} for each of {rounds} tokens, bfloat16"
         return Rate.of(sum(weight.nbytes for weight in weights), reading, method)
 

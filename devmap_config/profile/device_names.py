@@ -77,7 +77,9 @@ def expand_devices(text: str, kind: str) -> tuple[Device, ...]:
     """
     host, slash, name = text.partition("/")
     if slash and HOST_NAME.fullmatch(host):
-        return tuple(Device(each.kind, each.index, host) for each in _expanded(name, kind, (*ACCELERATOR_KINDS, "cpu")))
+        return tuple(
+            Device(device.kind, device.index, host) for device in _expanded(name, kind, (*ACCELERATOR_KINDS, "cpu"))
+        )
     return _expanded(text, kind, ACCELERATOR_KINDS)
 
 
@@ -171,9 +173,9 @@ def where_to_list(device: Device, listed: Collection[Device]) -> str:
     >>> where_to_list(Device("cuda", 2), [Device("cuda", 0), Device("cuda", 1)])
     'list it under `hardware.devices`; listed are cuda:0, cuda:1'
     """
-    if device.host is None and (named := [each for each in listed if each.host and each.of_its_host == device]):
-        return f"name its host as well: {', '.join(f'`{each}`' for each in named)}"
-    of_hosts = any(each.host is not None for each in listed)
+    if device.host is None and (named := [other for other in listed if other.host and other.of_its_host == device]):
+        return f"name its host as well: {', '.join(f'`{other}`' for other in named)}"
+    of_hosts = any(other.host is not None for other in listed)
     close = closest(str(device), map(str, listed)) if of_hosts else None
     meant = f"did you mean `{close}`? " if close is not None and device.host is not None else ""
     key = "the devices of its host" if of_hosts else "`hardware.devices`"

@@ -99,9 +99,12 @@ def written(node: Node, route: str = "", key: ScalarNode | None = None) -> Writt
         return at(WrittenList(written(item, f"{route}[{index}]") for index, item in enumerate(node.items)), place)
     if isinstance(node, MappingNode):
         values = (
-            (at(WrittenText(each.key.text), Place(each.key)), written(each.value, f"{route}.{each.key.text}", each.key))
-            for each in node.entries
-            if not is_null(each.value)
+            (
+                at(WrittenText(entry.key.text), Place(entry.key)),
+                written(entry.value, f"{route}.{entry.key.text}", entry.key),
+            )
+            for entry in node.entries
+            if not is_null(entry.value)
         )
         return at(WrittenMapping(values), place)
     return at(WrittenNothing() if is_null(node) or node.is_unrendered else WrittenText(node.text), place)

@@ -110,7 +110,7 @@ def link_lines(hardware: Hardware) -> list[str]:
     links = [f"  {yaml_text(name)}: {_link(link)}" for name, link in hardware.links.items()]
     dispatch = hardware.host.dispatch
     host = [] if dispatch is None else [f"host: {_flow({'dispatch': _amount(dispatch, {'ns': 1})})}"]
-    spread = {phase: str(each) for phase, each in hardware.spread if each is not None}
+    spread = {phase: str(times) for phase, times in hardware.spread if times is not None}
     return [*(["links:", *links] if links else []), *host, *([f"spread: {_flow(spread)}"] if spread else [])]
 
 

@@ -49,7 +49,7 @@ def positive(arguments: Mapping[str, Any], name: str, default: int) -> int:
 def check_names(arguments: Mapping[str, Any], name: str) -> None:
     """Raise if an argument is given and is not a list of names."""
     value = arguments.get(name)
-    if value is not None and not (isinstance(value, list) and all(isinstance(each, str) for each in value)):
+    if value is not None and not (isinstance(value, list) and all(isinstance(item, str) for item in value)):
         raise QuantizationError(f"`{name}` is not a list of names", f"such as `{name}: [lm_head]`")
 
 

@@ -103,7 +103,7 @@ def spans_of(simulation: Mapping[str, Any]) -> tuple[PhaseSpan, ...]:
 def memory_charts(simulation: Mapping[str, Any], plan: Mapping[str, Any]) -> tuple[MemoryChart, ...]:
     """Return a chart for each device that held anything besides weights, all on one scale."""
     steps = simulation["steps"]
-    series = {each["id"]: list(_live(each["id"], steps)) for each in simulation["devices"]}
+    series = {device["id"]: list(_live(device["id"], steps)) for device in simulation["devices"]}
     busy = {device: live for device, live in series.items() if any(live)}
     if not busy:
         return ()
@@ -155,12 +155,12 @@ def waits_of(waits: Mapping[str, Sequence[Mapping[str, Any]]], plan: Mapping[str
                 time=format_duration(now),
                 waits=tuple(
                     Wait(
-                        what=each["what"],
-                        time=format_duration(each["nanoseconds"]),
-                        share=round(100 * each["nanoseconds"] / now, 2),
-                        saved=f"{100 * (now - each['nanoseconds']) / now:.0f} %",
+                        what=saving["what"],
+                        time=format_duration(saving["nanoseconds"]),
+                        share=round(100 * saving["nanoseconds"] / now, 2),
+                        saved=f"{100 * (now - saving['nanoseconds']) / now:.0f} %",
                     )
-                    for each in savings
+                    for saving in savings
                 ),
             )
         )

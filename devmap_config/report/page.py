@@ -96,7 +96,7 @@ class View:
     @property
     def subtitle(self) -> str:
         """The description of the picture alone."""
-        return " ".join([next(iter(self.story)), *(f"{each.value} {each.name}." for each in self.figures[:1])])
+        return " ".join([next(iter(self.story)), *(f"{figure.value} {figure.name}." for figure in self.figures[:1])])
 
     @property
     def story(self) -> Iterator[str]:
@@ -115,7 +115,7 @@ class View:
         rows = rows_of_runs(self.told["runs"])
         for number in dict.fromkeys(rows):
             run = self.told["runs"][number]
-            devices = [each["device"] for each, row in zip(self.told["runs"], rows, strict=True) if row == number]
+            devices = [run["device"] for run, row in zip(self.told["runs"], rows, strict=True) if row == number]
             yield {
                 "anchor": f"{self.prefix}run-{number}",
                 "device": visible(_and(folded_devices(devices))),
@@ -162,7 +162,7 @@ class View:
             links.setdefault(pair, {"source": pair[0]})[use["phase"]] = words
         place = {use["id"]: number for number, use in enumerate(self.plan["devices"])}
         alike: dict[tuple[tuple[str, str], ...], list[str]] = {}
-        for source, target in sorted(links, key=lambda pair: [place.get(each, -1) for each in pair]):
+        for source, target in sorted(links, key=lambda pair: [place.get(link, -1) for link in pair]):
             alike.setdefault(tuple(links[source, target].items()), []).append(target)
         return tuple(
             {**dict(link), "source": visible(dict(link)["source"]), "target": visible(_and(folded_devices(targets)))}
@@ -208,10 +208,15 @@ class View:
     @property
     def findings(self) -> Iterator[Mapping[str, str]]:
         """The warnings."""
-        for each in self.told["diagnostics"]:
-            place = f"{each['file']}:{each['line']}" if each["file"] else ""
-            values = {"code": each["code"], "severity": each["severity"], "place": place, "help": each["help"] or ""}
-            yield {name: visible(value) for name, value in {**values, "message": each["message"]}.items()}
+        for finding in self.told["diagnostics"]:
+            place = f"{finding['file']}:{finding['line']}" if finding["file"] else ""
+            values = {
+                "code": finding["code"],
+                "severity": finding["severity"],
+                "place": place,
+                "help": finding["help"] or "",
+            }
+            yield {name: visible(value) for name, value in {**values, "message": finding["message"]}.items()}
 
 
 def _stages(pipeline: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:

@@ -74,7 +74,7 @@ def resolve(rules: tuple[Rule, ...], graph: ModelGraph, source: str, sink: Sink)
         decisions |= decided
         conflicting |= in_conflict
     tensors = {text: _tensors_of(found, graph) for text, found in {rule.text: found for rule, found in matches}.items()}
-    _warn_shadowed([each for each in matches if id(each[0]) not in conflicting], decisions, tensors, sink)
+    _warn_shadowed([match for match in matches if id(match[0]) not in conflicting], decisions, tensors, sink)
     new_by_text = {rule.text: rule for rule, _ in matches if rule.origin == "allow_new"}
     return Resolution(
         decisions=decisions,

@@ -132,4 +132,4 @@ def _span(text: str, position: int, length: int, file: str) -> Span:
 
 @lru_cache(1)
 def _line_starts(text: str) -> list[int]:
-    return [0, *(each.end() for each in re.finditer("\n", text))]
+    return [0, *(match.end() for match in re.finditer("\n", text))]

@@ -124,8 +124,8 @@ def _config(model: PreTrainedModel, adapter: LoraAdapter, peft: Any) -> Any:
         r=config.rank,
         lora_alpha=config.alpha,
         target_modules=list(changes),
-        rank_pattern={escape(path): each.rank for path, each in changes.items() if each.rank != config.rank},
-        alpha_pattern={escape(path): each.alpha for path, each in changes.items() if each.alpha != config.alpha},
+        rank_pattern={escape(path): update.rank for path, update in changes.items() if update.rank != config.rank},
+        alpha_pattern={escape(path): update.alpha for path, update in changes.items() if update.alpha != config.alpha},
         modules_to_save=list(saved_modules(config, paths)) or None,
         use_dora=config.uses_dora,
         use_rslora=config.is_rank_stabilized,
@@ -182,7 +182,7 @@ def _bring_to_modules(model: PreTrainedModel, plan: Plan, graph: ModelGraph) -> 
     import torch
     from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 
-    runs_on = {each.unit: each.location.runs_on for each in plan.assignments}
+    runs_on = {assignment.unit: assignment.location.runs_on for assignment in plan.assignments}
     for path in [module.path for module in graph.adapted_modules if module.path in runs_on]:
         module = model.get_submodule(path)
         if "base_layer" in dict(module.named_children()) and hooks_of(module.get_submodule("base_layer")):

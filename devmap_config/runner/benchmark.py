@@ -80,7 +80,7 @@ class Measured:
         if phase == "load":
             return tuple(sample.load_seconds for sample in self.samples)
         figures = (getattr(sample.generation, f"{phase}_seconds") for sample in self.samples)
-        return tuple(median(each) for each in figures if each)
+        return tuple(median(seconds) for seconds in figures if seconds)
 
     @property
     def peak_bytes(self) -> dict[str, int]:
@@ -133,9 +133,10 @@ class Benchmark:
             "prompt_tokens": prompts.length,
             "new_tokens": self.generation.new_tokens,
             "max_memory": {str(device): size_bytes for device, size_bytes in self.max_memory.items()},
-            "loaders": {each.loader: each.to_json() for each in self.results},
+            "loaders": {result.loader: result.to_json() for result in self.results},
             "ratios": {
-                each.loader: {phase: self._ratio_to_json(each, phase) for phase in PHASES} for each in self.results[1:]
+                result.loader: {phase: self._ratio_to_json(result, phase) for phase in PHASES}
+                for result in self.results[1:]
             },
         }
 

@@ -105,9 +105,9 @@ class Calibration:
         found: dict[str, Spread] = {}
         for phase in OWN:
             shares = [
-                100 * each.run.measured_nanoseconds / each.left_out_nanoseconds
-                for each in self.residuals
-                if each.run.phase == phase and each.left_out_nanoseconds
+                100 * residual.run.measured_nanoseconds / residual.left_out_nanoseconds
+                for residual in self.residuals
+                if residual.run.phase == phase and residual.left_out_nanoseconds
             ]
             if len(shares) >= FEWEST_RECEIPTS:
                 found[phase] = Spread(max(math.floor(min(shares)), 1), math.ceil(max(shares)))
@@ -170,7 +170,7 @@ def _runs(path: Path, case: Mapping[str, Any]) -> Iterator[PhaseRun]:
             yield PhaseRun(
                 receipt=str(path),
                 phase=phase,
-                segments=tuple((Segment.from_json(each), whole(each["count"])) for each in case["forward"][phase]),
+                segments=tuple((Segment.from_json(entry), whole(entry["count"])) for entry in case["forward"][phase]),
                 predicted_nanoseconds=whole(case["predicted"]["prediction"][OWN[phase]]),
                 measured_nanoseconds=1e9 * generation[seconds],
             )

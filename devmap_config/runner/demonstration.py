@@ -232,7 +232,7 @@ def demonstrator(
             processor = load_processor(request, of_images=bool(given.images), with_text=with_text)
     if given.messages and not given.has_media:
         require_chat_template(tokenizer)
-    is_told = any(each.code in ("no-tokenizer", "remote-code") for each in sink)
+    is_told = any(finding.code in ("no-tokenizer", "remote-code") for finding in sink)
     if tokenizer is None and given.prompt is not None and not given.has_media and not is_told:
         sink.warning(
             "no-tokenizer",

@@ -77,7 +77,9 @@ def _effects(log_times: LogTimes, changes: np.ndarray, directions: np.ndarray) -
     import numpy as np
 
     half = DIFFERENCE / 2
-    slopes = [log_times(changes + half * each) - log_times(changes - half * each) for each in directions.T]
+    slopes = [
+        log_times(changes + half * direction) - log_times(changes - half * direction) for direction in directions.T
+    ]
     return np.stack(slopes, axis=1) / DIFFERENCE
 
 

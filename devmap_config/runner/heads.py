@@ -56,7 +56,7 @@ def _ranked(scores: torch.Tensor, named: Callable[[int], str], key: str) -> Outp
 
 
 def _lines(found: Iterable[Mapping[str, Any]], key: str) -> str:
-    return "\n".join(f"{each['score']:.4f}  {each[key]}" for each in found)
+    return "\n".join(f"{label['score']:.4f}  {label[key]}" for label in found)
 
 
 def _label(model: PreTrainedModel, index: int) -> str:
@@ -77,10 +77,10 @@ def _entities(model: PreTrainedModel, forward: Any, inputs: ModelInputs) -> Outp
             last |= {"token": index, "end": span.end, "score": min(last["score"], score)}
         else:
             found.append({"token": index, "label": kind, "start": span.start, "end": span.end, "score": score})
-    for each in found:
-        del each["token"]
-        each["text"] = inputs.text[each["start"] : each["end"]]
-    lines = [f"{each['score']:.4f}  {each['label']}  {each['text']}" for each in found]
+    for entity in found:
+        del entity["token"]
+        entity["text"] = inputs.text[entity["start"] : entity["end"]]
+    lines = [f"{entity['score']:.4f}  {entity['label']}  {entity['text']}" for entity in found]
     return Output("\n".join(lines) or "no part of the text has a label", found)
 
 
@@ -89,7 +89,7 @@ def _words(_model: PreTrainedModel, forward: Any, inputs: ModelInputs) -> Output
     masks = (inputs.tensors["input_ids"][0] == inputs.tokenizer.mask_token_id).nonzero()[:, 0].tolist()
     scores = forward.logits[0].float().softmax(-1)
     found = [_ranked(scores[mask], lambda index: inputs.tokenizer.decode([index]).strip(), "word") for mask in masks]
-    return Output("\n\n".join(each.text for each in found), [each.value for each in found])
+    return Output("\n\n".join(words.text for words in found), [words.value for words in found])
 
 
 def _answer(_model: PreTrainedModel, forward: Any, inputs: ModelInputs) -> Output:

@@ -116,7 +116,7 @@ def require_fit(model_class: Any, given: UserInput) -> None:
     ):
         if is_given and not _takes(model_class, names):
             takes = ", ".join(
-                f"`{each}`" for each in (*TEXT_INPUTS, *IMAGE_INPUTS, *SOUND_INPUTS) if _takes(model_class, (each,))
+                f"`{name}`" for name in (*TEXT_INPUTS, *IMAGE_INPUTS, *SOUND_INPUTS) if _takes(model_class, (name,))
             )
             raise RunnerError(
                 "unfit-input", f"{name} takes {takes or f'`{main}`'}, and no {what}", f"leave `--{what}` out"
@@ -208,7 +208,7 @@ def numbers_of_media(inputs: ModelInputs) -> int:
 
 
 def _numbers(tensors: Mapping[str, Any]) -> int:
-    return sum(each.numel() for each in tensors.values() if hasattr(each, "numel") and each.is_floating_point())
+    return sum(tensor.numel() for tensor in tensors.values() if hasattr(tensor, "numel") and tensor.is_floating_point())
 
 
 def _planned_media(model: PreTrainedModel, workload: WorkloadShape) -> tuple[Media, ...]:

@@ -102,8 +102,12 @@ def _described(model: PreTrainedModel, name: str) -> Tensor:
 
 def misread_by_quantizer(plan: Plan, graph: ModelGraph) -> tuple[str, ...]:
     """Return the tensors that this version of transformers quantises or leaves unquantised, contrary to the plan."""
-    homes = {name: each for each in plan.assignments for name in each.tensors}
-    offloaded = [each.unit for each in plan.assignments if plan.executor.is_offloaded(each.location, plan.main_device)]
+    homes = {name: assignment for assignment in plan.assignments for name in assignment.tensors}
+    offloaded = [
+        assignment.unit
+        for assignment in plan.assignments
+        if plan.executor.is_offloaded(assignment.location, plan.main_device)
+    ]
     return tuple(
         name
         for name, tensor in graph.tensors.items()
@@ -115,9 +119,9 @@ def misread_by_quantizer(plan: Plan, graph: ModelGraph) -> tuple[str, ...]:
 def unquantized_tensors(model: PreTrainedModel, plan: Plan, graph: ModelGraph) -> tuple[str, ...]:
     """Return the tensors that the plan counts as quantised but that are not, as some quantizers skip offloaded ones."""
     found: list[str] = []
-    for each in plan.assignments:
-        is_offloaded = plan.executor.is_offloaded(each.location, plan.main_device)
-        for name in () if is_offloaded else each.tensors:
+    for assignment in plan.assignments:
+        is_offloaded = plan.executor.is_offloaded(assignment.location, plan.main_device)
+        for name in () if is_offloaded else assignment.tensors:
             planned = graph.tensors[name]
             if planned.offloaded_bytes is None:
                 continue
@@ -130,16 +134,16 @@ def unquantized_tensors(model: PreTrainedModel, plan: Plan, graph: ModelGraph) -
 def misrun_modules(model: PreTrainedModel, plan: Plan) -> tuple[Misrun, ...]:
     """Return every module with own tensors that would run on another device, or be streamed, contrary to the plan."""
     wrong: dict[str, Misrun] = {}
-    for each in plan.assignments:
-        is_streamed = plan.executor.streams(each.location)
-        for name in each.tensors:
+    for assignment in plan.assignments:
+        is_streamed = plan.executor.streams(assignment.location)
+        for name in assignment.tensors:
             module = name.rpartition(".")[0]
             if (found := running_place(model, name)) is None:
                 continue
             device, streams = found
-            if device != each.location.runs_on or (streams and not is_streamed):
+            if device != assignment.location.runs_on or (streams and not is_streamed):
                 found_there = f"{device}, streamed" if streams else str(device)
-                wrong.setdefault(module, Misrun(module, str(each.location.runs_on), found_there))
+                wrong.setdefault(module, Misrun(module, str(assignment.location.runs_on), found_there))
     return tuple(wrong.values())
 
 
@@ -204,7 +208,7 @@ def misread_tensors(model: PreTrainedModel, plan: Plan, graph: ModelGraph) -> li
     """
     header_of = cache(read_header)
     wrong = []
-    for name in (name for each in plan.assignments for name in each.tensors):
+    for name in (name for assignment in plan.assignments for name in assignment.tensors):
         place = _read_from(model, name)
         if place is None or graph.tensors[name].dtype in PACKED_DTYPES:
             continue

@@ -56,9 +56,9 @@ class UnfitMachineError(RunnerError):
     """This machine cannot run the plan in its present state; `diagnostics` say what it lacks."""
 
     def __init__(self, diagnostics: tuple[Diagnostic, ...]) -> None:
-        errors = [each for each in diagnostics if each.is_error]
+        errors = [finding for finding in diagnostics if finding.is_error]
         self.code, self.help = errors[0].code, errors[0].help
-        DevmapError.__init__(self, "; ".join(each.message for each in errors), diagnostics)
+        DevmapError.__init__(self, "; ".join(error.message for error in errors), diagnostics)
 
 
 @contextmanager
@@ -274,7 +274,7 @@ def _tell_placement(model: PreTrainedModel, plan: Plan) -> None:
     if all(parameter.device.type == "cpu" for parameter in model.parameters()):
         model.hf_device_map = {"": torch.device("cpu")}
     else:
-        stores = [each.in_device_map for each in STORAGE_DEVICES]
+        stores = [storage.in_device_map for storage in STORAGE_DEVICES]
         model.hf_device_map = dict(sorted(plan.placement.items(), key=lambda item: item[1] in stores))
     before_hooks_are_removed(model, lambda: warnings.warn(MOVED, DevmapWarning, stacklevel=4))
 

@@ -118,7 +118,9 @@ def _seen(
 def _names_of_cards(plan: Plan) -> dict[str, str]:
     import torch
 
-    used = sorted({each.location.runs_on for each in plan.assignments if each.location.runs_on.is_accelerator})
+    used = sorted(
+        {assignment.location.runs_on for assignment in plan.assignments if assignment.location.runs_on.is_accelerator}
+    )
     name_of = {device: getattr(getattr(torch, device.kind, None), "get_device_name", None) for device in used}
     return {str(device): device.kind if name is None else name(device.index) for device, name in name_of.items()}
 
@@ -152,5 +154,5 @@ def _rounded(value: Any) -> Any:
     if isinstance(value, float):
         return float(f"{value:.4g}")
     if isinstance(value, dict):
-        return {key: _rounded(each) for key, each in value.items()}
-    return [_rounded(each) for each in value] if isinstance(value, list) else value
+        return {key: _rounded(item) for key, item in value.items()}
+    return [_rounded(item) for item in value] if isinstance(value, list) else value

@@ -73,7 +73,7 @@ def cases_of(path: Path) -> tuple[Case, ...]:
     """
     receipt = read_json(path, PACKAGED, ANYWHERE)
     try:
-        return tuple(_case(path.stem, each) for each in receipt["cases"])
+        return tuple(_case(path.stem, case) for case in receipt["cases"])
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise FileError("is not a receipt", "syntax", "name a file that `devmap run --receipt` wrote") from error
 
@@ -142,7 +142,7 @@ def never_seen(plan: Plan) -> str | None:
     for receipt in read_receipts():
         most |= _counted(map(Device.from_text, receipt["devices"]))
         models |= {Device.from_text(name).kind: model for name, model in receipt["devices"].items()}
-    used = _counted({each.location.runs_on for each in plan.assignments})
+    used = _counted({assignment.location.runs_on for assignment in plan.assignments})
     for kind, count in sorted(used.items()):
         if not most[kind]:
             cards = f"{kind} devices" if most else "cards"

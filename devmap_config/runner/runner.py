@@ -84,8 +84,8 @@ class Deployment:
         """The plan without an adapter's tensors, for the model that transformers loads."""
         added = frozenset(self.compiled.model.graph.adapter_tensors)
         assignments = (
-            replace(each, tensors=tuple(name for name in each.tensors if name not in added))
-            for each in self.plan.assignments
+            replace(assignment, tensors=tuple(name for name in assignment.tensors if name not in added))
+            for assignment in self.plan.assignments
         )
         return replace(self.plan, assignments=tuple(assignments)) if added else self.plan
 
@@ -94,10 +94,10 @@ class Deployment:
         """The bytes of each tensor that is in memory after loading: all tensors except those that stay on the disk."""
         graph, plan = self.compiled.model.graph, self.base_plan
         return {
-            name: plan.executor.held_bytes(graph.tensors[name], each.location, plan.main_device)
-            for each in plan.assignments
-            if each.location.stored_on != DISK
-            for name in each.tensors
+            name: plan.executor.held_bytes(graph.tensors[name], assignment.location, plan.main_device)
+            for assignment in plan.assignments
+            if assignment.location.stored_on != DISK
+            for name in assignment.tensors
         }
 
     @property
@@ -108,7 +108,7 @@ class Deployment:
         """
         if self.has_random_weights:
             return "the weights are random"
-        reads_disk = any(each.location.stored_on == DISK for each in self.plan.assignments)
+        reads_disk = any(assignment.location.stored_on == DISK for assignment in self.plan.assignments)
         return self.match.unchecked if self.match is not None and reads_disk else None
 
     @property
@@ -121,7 +121,9 @@ class Deployment:
     @property
     def new(self) -> tuple[str, ...]:
         """The tensors that are allowed to be new, and that the checkpoint does not hold."""
-        lacking = () if self.match is None else (*self.match.missing, *(each.name for each in self.match.mismatched))
+        lacking = (
+            () if self.match is None else (*self.match.missing, *(mismatch.name for mismatch in self.match.mismatched))
+        )
         return tuple(name for name in lacking if name in _allowed(self.compiled))
 
 
@@ -261,9 +263,9 @@ def _load_request(compiled: Compiled, permissions: Permissions) -> LoadRequest:
 
 def _raise_unreadable_checkpoint(rejected: Rejected) -> None:
     """Raise an error about unreadable files of the checkpoint, as the profile itself is not wrong."""
-    for each in rejected.diagnostics:
-        if each.code in ("unreadable-checkpoint", "no-safetensors"):
-            raise RunnerError(each.code, each.message, each.help)
+    for finding in rejected.diagnostics:
+        if finding.code in ("unreadable-checkpoint", "no-safetensors"):
+            raise RunnerError(finding.code, finding.message, finding.help)
 
 
 def _allowed(compiled: Compiled) -> frozenset[str]:
@@ -303,7 +305,7 @@ def notices(deployment: Deployment, *, asks_machine: bool) -> tuple[Diagnostic, 
         UnfitMachineError: if this machine cannot run the plan; the error has every reason.
     """
     sink = Sink()
-    sink.report_all(each for each in deployment.compiled.diagnostics if each.code in SAID_AGAIN)
+    sink.report_all(finding for finding in deployment.compiled.diagnostics if finding.code in SAID_AGAIN)
     if deployment.left_out is not None:
         sink.warning("unexpected-tensors", f"the checkpoint holds more than is loaded: {deployment.left_out}")
     if asks_machine:
@@ -326,7 +328,7 @@ def require_fit_machine(deployment: Deployment) -> tuple[Diagnostic, ...]:
     place = whole_file(str(deployment.compiled.loaded.path))
     # Weights that the checkpoint has in the loaded form are read from there, and not written again.
     found = differences(deployment.lock, seen, place, disk_may_be_read_in_place=True)
-    if any(each.is_error for each in found):
+    if any(finding.is_error for finding in found):
         raise UnfitMachineError(found)
     return found
 
@@ -425,14 +427,14 @@ def load_adapted(deployment: Deployment) -> Any:
         raise RunnerError(
             "misplaced-tensors",
             "the loaded model is not where the plan says: "
-            + _some([f"{each.tensor} is on {each.found}, planned on {each.planned}" for each in misplaced]),
+            + _some([f"{tensor.tensor} is on {tensor.found}, planned on {tensor.planned}" for tensor in misplaced]),
             "the checkpoint may hold another model than its config says; please report it if not",
         )
     if misrun := misrun_modules(model, plan):
         raise RunnerError(
             "misplaced-tensors",
             "the loaded model does not run where the plan says: "
-            + _some([f"{each.module} runs on {each.found}, planned on {each.planned}" for each in misrun]),
+            + _some([f"{module.module} runs on {module.found}, planned on {module.planned}" for module in misrun]),
             "this version of transformers or accelerate may dispatch it otherwise; please report it",
         )
     if misread := misread_tensors(model, plan, compiled.graph):

@@ -84,7 +84,7 @@ def sentence_encoder(request: LoadRequest, sink: Sink) -> SentenceEncoder | None
     if not isinstance(modules, list):
         return None
     described = map(_as_object, modules)
-    kinds = [(str(each.get("type")).rpartition(".")[2], str(each.get("path"))) for each in described]
+    kinds = [(str(module.get("type")).rpartition(".")[2], str(module.get("path"))) for module in described]
     if [kind for kind, _ in kinds] not in (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"]):
         _warn_unknown(" → ".join(f"`{kind}`" for kind, _ in kinds), sink)
         return None

@@ -80,7 +80,7 @@ def _is_made_up(tokenizer: Any, request: LoadRequest) -> bool:
 
 def _vocabulary_files(tokenizer: Any) -> tuple[str, ...]:
     """Return the files that a tokenizer of this class may read its vocabulary from; any of them may suffice."""
-    named = [each for each in tokenizer.vocab_files_names.values() if isinstance(each, str)]
+    named = [name for name in tokenizer.vocab_files_names.values() if isinstance(name, str)]
     return tuple(dict.fromkeys([*named, *(OTHER_VOCABULARIES if named else ())]))
 
 

@@ -100,7 +100,9 @@ class ProcessUse:
 
         if self.all_file_bytes:
             mapped = psutil.Process().memory_maps()
-            self.library_file_bytes = sum(each.rss - each.anonymous for each in mapped if ".so" in Path(each.path).name)
+            self.library_file_bytes = sum(
+                mapping.rss - mapping.anonymous for mapping in mapped if ".so" in Path(mapping.path).name
+            )
 
 
 LOOKS_EVERY_SECONDS = 0.01

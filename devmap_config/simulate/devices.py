@@ -88,7 +88,7 @@ class DeviceMismatchError(Exception):
         self.operands = tuple(operands)
         self.running = running
         super().__init__(
-            f"{operation} in {running or 'the model'}: {', '.join(str(each.device) for each in self.operands)}"
+            f"{operation} in {running or 'the model'}: {', '.join(str(operand.device) for operand in self.operands)}"
         )
 
 

@@ -214,9 +214,9 @@ def _placement_of_blocks(graph: ModelGraph, plan: Plan) -> dict[str, object]:
     inputs.
     """
     parts: dict[str, list[tuple[str, Location]]] = {path: [] for path in graph.blocks}
-    for each in plan.assignments:
-        if block := _block_around(each.unit, graph):
-            parts[block].append((each.unit[len(block) :], each.location))
+    for assignment in plan.assignments:
+        if block := _block_around(assignment.unit, graph):
+            parts[block].append((assignment.unit[len(block) :], assignment.location))
     runs_on = {
         block: tuple(dict.fromkeys(location.runs_on for _, location in placed)) for block, placed in parts.items()
     }
@@ -229,7 +229,7 @@ def _placement_of_blocks(graph: ModelGraph, plan: Plan) -> dict[str, object]:
 
 def _block_around(path: str, graph: ModelGraph) -> str:
     """Return the block that a module is, or is within; `""` outside of blocks."""
-    return next((each for each in (path, *ancestors(path)) if each in graph.blocks), "")
+    return next((ancestor for ancestor in (path, *ancestors(path)) if ancestor in graph.blocks), "")
 
 
 @dataclass
@@ -328,9 +328,11 @@ class _DryRun:
             towers.append(path)
             units = {path, *ancestors(path)}
             locations = {
-                each.location for each in self.plan.assignments if each.unit in units or is_within(each.unit, path)
+                assignment.location
+                for assignment in self.plan.assignments
+                if assignment.unit in units or is_within(assignment.unit, path)
             }
-            if len(locations) > 1 or not all(each.is_one_device for each in locations):
+            if len(locations) > 1 or not all(location.is_one_device for location in locations):
                 yield module
 
     def _note_cache(self, cache: Any) -> None:

@@ -49,10 +49,10 @@ def hold_in_buffers(model: PreTrainedModel, graph: ModelGraph) -> None:
 def place_weights(model: PreTrainedModel, plan: Plan, graph: ModelGraph, devices: SimulatedDevices) -> None:
     """Label every tensor of the model with the device that the plan stores it on."""
     held = tensors_of(model)
-    for each in plan.assignments:
-        for name in each.tensors:
+    for assignment in plan.assignments:
+        for name in assignment.tensors:
             if name in held:
-                devices.put(held[name], plan.executor.residence(graph.tensors[name], each.location))
+                devices.put(held[name], plan.executor.residence(graph.tensors[name], assignment.location))
 
 
 @contextmanager
@@ -64,21 +64,21 @@ def dispatched(
     If a plan has one device and nothing is streamed, `from_pretrained` attaches none, and neither does this. `absent`
     holds, by name of each streamed tensor, the tensor that replaces it while it is not copied in.
     """
-    stores = {each.location.stored_on for each in plan.assignments}
+    stores = {assignment.location.stored_on for assignment in plan.assignments}
     if len(stores) == 1 and DISK not in stores and not plan.compute:
         yield
         return
     main_device = devices.torch_device(plan.main_device)
-    streamed = {each.unit: plan.executor.streams(each.location) for each in plan.assignments}
+    streamed = {assignment.unit: plan.executor.streams(assignment.location) for assignment in plan.assignments}
     execution_device: dict[str, torch.device] = {
-        each.unit: devices.torch_device(each.location.runs_on) for each in plan.assignments
+        assignment.unit: devices.torch_device(assignment.location.runs_on) for assignment in plan.assignments
     }
     execution_device[""] = main_device
     # For a quantised weight, the packed data are copied rather than the matrix.
     held_bytes = {
-        str(name): plan.executor.held_bytes(graph.tensors[name], each.location, plan.main_device)
-        for each in plan.assignments
-        for name in each.tensors
+        str(name): plan.executor.held_bytes(graph.tensors[name], assignment.location, plan.main_device)
+        for assignment in plan.assignments
+        for name in assignment.tensors
     }
     placing = _Placing(model, devices, absent, held_bytes, plan.main_device)
     with placing_tensors_with(placing):
@@ -142,8 +142,10 @@ class _Placing:
         """Return the weights for a module that now runs on the main device, but computes on the CPU otherwise."""
         path = self.names[id(module)]
         return {
-            name: self.devices.moved(each, self.main_device, source=CPU, size_bytes=self.held_bytes[f"{path}.{name}"])
-            for name, each in module.named_parameters(recurse=False)
+            name: self.devices.moved(
+                parameter, self.main_device, source=CPU, size_bytes=self.held_bytes[f"{path}.{name}"]
+            )
+            for name, parameter in module.named_parameters(recurse=False)
         }
 
     def end(self, module: torch.nn.Module) -> None:

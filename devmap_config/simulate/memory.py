@@ -84,7 +84,8 @@ def plan_digest(plan: Plan) -> str:
     return digest(
         {
             "assignments": [
-                [each.unit, str(each.location.stored_on), str(each.location.runs_on)] for each in plan.assignments
+                [assignment.unit, str(assignment.location.stored_on), str(assignment.location.runs_on)]
+                for assignment in plan.assignments
             ],
             "devices": [str(use.id) for use in plan.devices],
             "executor": executor,

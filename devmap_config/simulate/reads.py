@@ -121,9 +121,9 @@ def _items(tree: ast.AST) -> Iterator[tuple[str, tuple[str, ...]]]:
             targets, values = node.targets[0], node.value
         else:
             continue
-        lists = [_dotted(each) for each in ast.walk(values) if isinstance(each, ast.Attribute)]
+        lists = [_dotted(node) for node in ast.walk(values) if isinstance(node, ast.Attribute)]
         steps = max((names for root, names in lists if root == "self"), key=len, default=())
-        names = [each.id for each in ast.walk(targets) if isinstance(each, ast.Name)]
+        names = [node.id for node in ast.walk(targets) if isinstance(node, ast.Name)]
         yield from ((name, steps) for name in names if steps and name != "self")
 
 

@@ -227,9 +227,9 @@ def _kept(together: Together, graph: ModelGraph) -> tuple[list[str], list[list[s
         if len(blocks) == 1:
             whole |= blocks
             continue
-        touched = [each for each in joined if each.keys() & blocks.keys()]
-        joined = [each for each in joined if each not in touched]
-        joined.append({path: None for each in (*touched, blocks) for path in each})
+        touched = [group for group in joined if group.keys() & blocks.keys()]
+        joined = [group for group in joined if group not in touched]
+        joined.append({path: None for group in (*touched, blocks) for path in group})
     position = {path: place for place, path in enumerate((*graph.blocks, *graph.tensors))}
     in_order = [sorted(blocks, key=lambda path: position[path]) for blocks in joined]
     alone = whole.keys() - {path for blocks in joined for path in blocks}

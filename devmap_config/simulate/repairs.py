@@ -72,7 +72,9 @@ def involved_in(mismatch: DeviceMismatch, plan: Plan, graph: ModelGraph) -> list
 
 def _first_on(device: Device, plan: Plan, graph: ModelGraph) -> str:
     """Return the first block with tensors that runs on a device."""
-    running = {name for each in plan.assignments if each.location.runs_on == device for name in each.tensors}
+    running = {
+        name for assignment in plan.assignments if assignment.location.runs_on == device for name in assignment.tensors
+    }
     return next((path for path in graph.blocks if running & set(tensors_of(graph, path))), "")
 
 

@@ -84,9 +84,9 @@ class Replay:
             held = self._held.setdefault((self._phase, block), {})
             # When a block begins, what others hold counts as well, even if it does not change while this one runs.
             begins = block != self._block
-            for each, now in self._live.items():
-                if each == device or (begins and each in self._peaks):
-                    held[each] = max(held.get(each, 0), now)
+            for size_bytes, now in self._live.items():
+                if size_bytes == device or (begins and size_bytes in self._peaks):
+                    held[size_bytes] = max(held.get(size_bytes, 0), now)
         self._block = block
 
     def devices(self, cache_bytes: Mapping[Device, int]) -> tuple[SimulatedDevice, ...]:

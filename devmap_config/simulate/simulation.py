@@ -143,7 +143,7 @@ class Verdict:
     @classmethod
     def of(cls, simulation: Simulation) -> Verdict:
         """Return the part of a dry run's result that is stored."""
-        return cls(**{each.name: getattr(simulation, each.name) for each in fields(cls)})
+        return cls(**{field.name: getattr(simulation, field.name) for field in fields(cls)})
 
     def to_json(self) -> dict[str, Any]:
         """Return the verdict as plain data, from which `from_json` makes an equal one."""
@@ -159,7 +159,7 @@ class Verdict:
         Raises:
             ValueError: if the value is not one.
         """
-        if not isinstance(value, dict) or value.keys() | {"cause"} != {each.name for each in fields(cls)}:
+        if not isinstance(value, dict) or value.keys() | {"cause"} != {field.name for field in fields(cls)}:
             raise ValueError("not a verdict")
         verdict = _verdict_reader().validate_python(value)
         tensors = () if verdict.mismatch is None else verdict.mismatch.tensors

@@ -123,7 +123,7 @@ def _as_they_run(parts: Sequence[ForwardPart]) -> tuple[ForwardPart, ...]:
         if part.is_crossing:
             crossing.setdefault(part.path, []).append(part)
     own = [part for part in parts if not part.is_crossing]
-    run = [each for part in own for each in (*crossing.pop(part.path, ()), part)]
+    run = [crossing_part for part in own for crossing_part in (*crossing.pop(part.path, ()), part)]
     return (*run, *chain.from_iterable(crossing.values()))
 
 
@@ -135,10 +135,10 @@ def _in_turn(part: ForwardPart, working: Iterable[Device]) -> list[Copy | Device
     """
     turns = {device: number for number, device in enumerate(dict.fromkeys((part.home, *working)))}
 
-    def turn(each: Copy | Device) -> tuple[int, int]:
-        if isinstance(each, Device):
-            return turns[each], 1
-        given, giving = turns.get(each.target, 0), turns.get(each.source, 0)
+    def turn(device: Copy | Device) -> tuple[int, int]:
+        if isinstance(device, Device):
+            return turns[device], 1
+        given, giving = turns.get(device.target, 0), turns.get(device.source, 0)
         return (giving, 2) if giving and not given else (given, 0)
 
     return sorted([*part.segment.copies, *working], key=turn)
@@ -164,13 +164,13 @@ class _Trace:
         self.processes = {use.id: number for number, use in enumerate(self.plan.devices, FORWARDS_PROCESS + 1)}
         self.links_process = FORWARDS_PROCESS + len(self.processes) + 1
         simulated = () if self.simulation is None else self.simulation.devices
-        self.simulated = {each.id: each for each in simulated if each.id in self.processes}
+        self.simulated = {device.id: device for device in simulated if device.id in self.processes}
         steps = () if self.simulation is None else self.simulation.steps
         self.live = {(step.phase, step.block): dict(step.live_bytes) for step in steps}
-        for each in self.simulated.values():  # if no block held as much, the peak was outside of blocks
-            reached = (live.get(each.id, 0) for (phase, _), live in self.live.items() if phase == each.peak_phase)
-            if each.peak_bytes - each.weights_bytes > max(reached, default=0):
-                self.live.setdefault((each.peak_phase, ""), {})[each.id] = each.peak_bytes - each.weights_bytes
+        for device in self.simulated.values():  # if no block held as much, the peak was outside of blocks
+            reached = (live.get(device.id, 0) for (phase, _), live in self.live.items() if phase == device.peak_phase)
+            if device.peak_bytes - device.weights_bytes > max(reached, default=0):
+                self.live.setdefault((device.peak_phase, ""), {})[device.id] = device.peak_bytes - device.weights_bytes
 
     def begin(self, name: str, inventory: Inventory) -> None:
         """Name the processes, and show the memory of devices before anything runs."""
@@ -224,27 +224,27 @@ class _Trace:
         """Show which devices work in turn, and which wait meanwhile for copies."""
         working = {device: nanoseconds for device, nanoseconds in rates.working(part.segment).items() if nanoseconds}
         turns = [
-            (each, working[each] if isinstance(each, Device) else rates.copy_nanoseconds(each))
-            for each in _in_turn(part, working)
+            (turn, working[turn] if isinstance(turn, Device) else rates.copy_nanoseconds(turn))
+            for turn in _in_turn(part, working)
         ]
         self._wait(part.home, ends - sum(nanoseconds for _, nanoseconds in turns))
-        for each, nanoseconds in turns:
+        for turn, nanoseconds in turns:
             began = self.now
-            if isinstance(each, Device):
+            if isinstance(turn, Device):
                 self._end_wait()
                 self.now += nanoseconds
-                process = self.processes[each]
+                process = self.processes[turn]
                 if self._slice(process, process, part.path or OUTSIDE, "runs", began, self.now):
-                    self._arrive(each, process, process, began)
+                    self._arrive(turn, process, process, began)
             else:
-                self._wait(each.target if each.target in working else part.home, began + nanoseconds)
+                self._wait(turn.target if turn.target in working else part.home, began + nanoseconds)
                 self._copy(
-                    each,
+                    turn,
                     part.path,
                     began,
                     self.now,
                     nanoseconds,
-                    each.target if each.target in (*working, part.home) else None,
+                    turn.target if turn.target in (*working, part.home) else None,
                 )
 
     def _copy(

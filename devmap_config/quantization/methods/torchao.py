@@ -36,12 +36,14 @@ def _format(quantization: Quantization) -> Format | None:
         return None
     if name == "Int8WeightOnlyConfig" and data.get("group_size") is None:
         # A scale in float32 and a zero point in int8, even though quantization is symmetric.
-        return Format("int8", lambda weight: weight.elements + 5 * weight.blocks(*block), lambda each: each.elements)
+        return Format(
+            "int8", lambda weight: weight.elements + 5 * weight.blocks(*block), lambda weight: weight.elements
+        )
     dtype = data.get("weight_dtype") or "float8_e4m3fn"
     if isinstance(dtype, dict):
         dtype = dtype.get("_data")
     if name == "Float8WeightOnlyConfig" and dtype in ("float8_e4m3fn", "float8_e5m2"):
-        return Format(dtype, lambda weight: weight.elements + 4 * weight.blocks(*block), lambda each: each.elements)
+        return Format(dtype, lambda weight: weight.elements + 4 * weight.blocks(*block), lambda weight: weight.elements)
     return None
 
 
