@@ -202,8 +202,8 @@ def check_assistant(prepared: Prepared, draft: LoadedModel, sink: Sink) -> None:
 def _vocabulary(config: Mapping[str, Any]) -> int | None:
     """Return the number of tokens that a model knows, by its config."""
     text = config.get("text_config")
-    found = (text if isinstance(text, dict) else config).get("vocab_size", config.get("vocab_size"))
-    return found if isinstance(found, int) else None
+    size = (text if isinstance(text, dict) else config).get("vocab_size", config.get("vocab_size"))
+    return size if isinstance(size, int) else None
 
 
 def check_checkpoint(prepared: Prepared, sink: Sink, permissions: Permissions) -> Prepared:
@@ -234,13 +234,13 @@ def check_checkpoint(prepared: Prepared, sink: Sink, permissions: Permissions) -
             help="install what is missing, and compile again",
         )
         return prepared
-    found = judge(match, model.source.config, frozenset(resolution.new))
-    if found.error is not None:
-        sink.error("wrong-checkpoint", found.error, span, help=found.error_help)
-    if found.warning is not None:
+    judgement = judge(match, model.source.config, frozenset(resolution.new))
+    if judgement.error is not None:
+        sink.error("wrong-checkpoint", judgement.error, span, help=judgement.error_help)
+    if judgement.warning is not None:
         sink.warning(
             "unexpected-tensors",
-            f"the checkpoint holds more than this {match.class_name}: {found.warning}",
+            f"the checkpoint holds more than this {match.class_name}: {judgement.warning}",
             span,
             help="tensors that are not in the model are not loaded; check that its class is the one that was saved",
         )

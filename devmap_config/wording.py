@@ -97,7 +97,7 @@ def visible(text: str) -> str:
     >>> print(visible("caf\udce9\n\x1b[2J \u202egnp.模型"))
     caf\xe9\n\x1b[2J \u202egnp.模型
     """
-    return NOT_PLAIN.sub(lambda found: _shown(found[0]), text)
+    return NOT_PLAIN.sub(lambda match: _shown(match[0]), text)
 
 
 def _shown(character: str) -> str:
@@ -119,8 +119,8 @@ def visible_lines(text: str) -> str:
     return "\n".join(COMMAND.sub(_escaped_command, line) for line in lines)
 
 
-def _escaped_command(found: re.Match[str]) -> str:
-    return r"\x23" if found[1] is None else rf"{found[1]}\x3a"
+def _escaped_command(match: re.Match[str]) -> str:
+    return r"\x23" if match[1] is None else rf"{match[1]}\x3a"
 
 
 def json_text(value: object, *, is_ascii: bool = False, sort_keys: bool = False) -> str:
@@ -132,8 +132,8 @@ def json_text(value: object, *, is_ascii: bool = False, sort_keys: bool = False)
     }
     """
 
-    def escaped(found: re.Match[str]) -> str:
-        character = found[0]
+    def escaped(match: re.Match[str]) -> str:
+        character = match[0]
         if character == "\n" or (character.isprintable() and not is_ascii):
             return character
         shown = _shown(character) if "\ud800" <= character <= "\udfff" else character

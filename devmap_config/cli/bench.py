@@ -65,15 +65,15 @@ def bench(
             )
     jobs = jobs_of(deployment, profile, **options.of_request, generation=generation)
     with progress(rounds * len(jobs) + 1, quiet=options.quiet) as begun:
-        found = run_benchmark(jobs, rounds=rounds, begun=begun)
-    if (failure := found.plan.failure) is not None:
+        benchmark = run_benchmark(jobs, rounds=rounds, begun=begun)
+    if (failure := benchmark.plan.failure) is not None:
         sink.error("load-failed" if failure.doing == "loading" else "forward-failed", f"the plan: {failure}")
-    options.report(sink, {}, {"plan": deployment.compiled.to_json(), "benchmark": found.to_json()})
+    options.report(sink, {}, {"plan": deployment.compiled.to_json(), "benchmark": benchmark.to_json()})
     if options.shows_tables:
-        print_lines(lambda width: _lines(found, deployment, width))
+        print_lines(lambda width: _lines(benchmark, deployment, width))
     if failure is not None:
         return ExitCode.UNLIKE_LOCK
-    return ExitCode.TOO_NOISY if found.is_too_noisy else ExitCode.DONE
+    return ExitCode.TOO_NOISY if benchmark.is_too_noisy else ExitCode.DONE
 
 
 TITLES: dict[Phase, str] = {"load": "load", "prefill": "prefill", "decode": "a token"}
@@ -82,29 +82,31 @@ WIDE = 70
 """The columns of a terminal that has room for the spread of ratios."""
 
 
-def _lines(found: Benchmark, deployment: Deployment, width: int) -> Iterator[str | Table]:
+def _lines(benchmark: Benchmark, deployment: Deployment, width: int) -> Iterator[str | Table]:
     """Yield what was measured, the measurements, and the loaders that failed."""
     from devmap_config.cli.plan_table import media_in_words, weights_in_words
     from devmap_config.cli.predictions import predicted, said_of_bases
 
-    prompts, new_tokens = found.generation.prompts, found.generation.new_tokens
+    prompts, new_tokens = benchmark.generation.prompts, benchmark.generation.new_tokens
     model = deployment.compiled.model
     measurement = model.graph.measurement
     yield f"{model.class_name}: {weights_in_words(model, deployment.plan)}"
-    rounds = counted(found.rounds, "round")
+    rounds = counted(benchmark.rounds, "round")
     written = f", {new_tokens:,} written" if new_tokens else ""
     yield f"batch {prompts.batch_size}, {counted(prompts.length, 'token')} prefilled{written}; {rounds}"
     if measurement is not None and (media := media_in_words(measurement)):
         yield media
-    yield _table(found, ("median", "spread", "× plan", "spread") if width >= WIDE else ("median", "spread", "× plan"))
-    for result in found.results:
+    yield _table(
+        benchmark, ("median", "spread", "× plan", "spread") if width >= WIDE else ("median", "spread", "× plan")
+    )
+    for result in benchmark.results:
         held = f"at most {_amounts(result.peak_bytes)}"
         yield f"{result.loader}: {held if result.failure is None else result.failure}"
     if bases := deployment.compiled.time_bases:
         yield f"{predicted(deployment.plan)}, for the workload of the profile"
         yield said_of_bases(bases, deployment.plan.prediction)
-    yield f"auto was given as much room for weights as the plan has: {_amounts(found.max_memory)}"
-    if found.is_too_noisy:
+    yield f"auto was given as much room for weights as the plan has: {_amounts(benchmark.max_memory)}"
+    if benchmark.is_too_noisy:
         yield "too noisy: the same, measured twice, differed by so many times; end what else runs, or add `--rounds`"
 
 
@@ -112,22 +114,22 @@ def _amounts(by_device: Mapping[Any, int]) -> str:
     return ", ".join(f"{format_bytes(size_bytes)} of {device}" for device, size_bytes in by_device.items())
 
 
-def _table(found: Benchmark, figures: tuple[str, ...]) -> Table:
+def _table(benchmark: Benchmark, figures: tuple[str, ...]) -> Table:
     """Return a row for each phase of each loader: its median with the spread, and the ratio to the plan's."""
     from devmap_config.cli.tables import new_table
 
     table = new_table("phase", "by", figures=figures)
     for phase, title in TITLES.items():
-        rows = [_cells(found, result, phase) for result in found.results if result.seconds(phase)]
+        rows = [_cells(benchmark, result, phase) for result in benchmark.results if result.seconds(phase)]
         for number, cells in enumerate(rows):
             table.add_row("" if number else title, *cells[: 1 + len(figures)])
     return table
 
 
-def _cells(found: Benchmark, result: Measured, phase: Phase) -> tuple[str, ...]:
+def _cells(benchmark: Benchmark, result: Measured, phase: Phase) -> tuple[str, ...]:
     seconds = sorted(round(time * 1e9) for time in result.seconds(phase))
     shown = (result.loader, format_duration(round(median(seconds))), format_durations(seconds[0], seconds[-1]))
-    ratio = found.ratio(result, phase)
+    ratio = benchmark.ratio(result, phase)
     if ratio is None:
         return shown
     if ratio.is_too_noisy:

@@ -83,14 +83,14 @@ def compared_caches(compiled: Compiled, profile: Path, options: ProfileOptions) 
     end = min((measurement.positions.most if measurement else None) or LONGEST_CONTEXT, LONGEST_CONTEXT)
     lengths = [SHORTEST_CONTEXT << number for number in range(LONGEST_CONTEXT.bit_length())]
     wanted = sorted({length for length in (*lengths, own, end) if length is not None and length <= max(end, own or 0)})
-    found: dict[int, CacheComparison] = {}
+    comparisons: dict[int, CacheComparison] = {}
     with progress(len(wanted) + HALVINGS, quiet=options.quiet) as begin:
 
         def compare(length: int) -> CacheComparison:
             begin(f"a context of {length:,} tokens")
-            if length not in found:
-                found[length] = _compared(partial(options.request, profile, advises=False), length)
-            return found[length]
+            if length not in comparisons:
+                comparisons[length] = _compared(partial(options.request, profile, advises=False), length)
+            return comparisons[length]
 
         every = [compare(length) for length in wanted]
         change = next((pair for pair in pairwise(every) if _changes(*pair)), None)
@@ -99,7 +99,7 @@ def compared_caches(compiled: Compiled, profile: Path, options: ProfileOptions) 
             for _ in range(HALVINGS):
                 middle = compare((before.context_length + after.context_length) // 2)
                 before, after = (middle, after) if middle.better == before.better else (before, middle)
-    return [found[length] for length in sorted(found)]
+    return [comparisons[length] for length in sorted(comparisons)]
 
 
 def _changes(before: CacheComparison, after: CacheComparison) -> bool:
@@ -115,10 +115,10 @@ def _plan(request: Request) -> tuple[Compiled | None, str | None]:
     """Return the plan, or the reason why there is none."""
     from devmap_config.compiler import Compiled, run_pipeline
 
-    found = run_pipeline(request)
-    if isinstance(found, Compiled):
-        return found, None
-    return None, next((finding.message for finding in found.diagnostics if finding.severity == "error"), None)
+    compilation = run_pipeline(request)
+    if isinstance(compilation, Compiled):
+        return compilation, None
+    return None, next((finding.message for finding in compilation.diagnostics if finding.severity == "error"), None)
 
 
 def comparison_table(every: list[CacheComparison]) -> Iterator[Table | str]:
@@ -131,7 +131,11 @@ def comparison_table(every: list[CacheComparison]) -> Iterator[Table | str]:
     yield table
     yield from said_of_caches(every)
     rates = {
-        basis.rates: None for comparison in every for found in comparison.plans if found for basis in _decoding(found)
+        basis.rates: None
+        for comparison in every
+        for compiled in comparison.plans
+        if compiled
+        for basis in _decoding(compiled)
     }
     if rates:
         yield f"These times rest on {' and '.join(rates)} rates."

@@ -42,22 +42,22 @@ def calibrate(files: tuple[Path, ...], output_format: str) -> None:
             receipts.append(_read(path))
     mistakes.raise_any()
     try:
-        found = fit(receipts)
+        calibration = fit(receipts)
     except CalibrationError as error:
         unfit = Diagnostic.error("unfit-receipts", str(error), help=error.help)
         raise CommandError([unfit], data={"hardware": None}) from None
-    block = hardware_block(found)
+    block = hardware_block(calibration)
     data = {
         "hardware": block,
         "factors": [
             {"rates": [str(name) for name in group], "factor": factor}
-            for group, factor in zip(found.groups, found.factors, strict=True)
+            for group, factor in zip(calibration.groups, calibration.factors, strict=True)
         ],
-        "runs": [_residual_to_json(residual) for residual in found.residuals],
+        "runs": [_residual_to_json(residual) for residual in calibration.residuals],
     }
     report((), {}, output_format, data=data)
     if output_format == "table":
-        for line in (*_found_how(found), *_yaml("hardware", block), *_table(found.residuals)):
+        for line in (*_found_how(calibration), *_yaml("hardware", block), *_table(calibration.residuals)):
             echo(line)
 
 
@@ -69,19 +69,19 @@ def _read(path: Path) -> Receipt:
     try:
         return read_receipt(path)
     except FileError as error:
-        found = Diagnostic.error(error.code, f"`{path}` {error}", help=error.help)
-        raise CommandError([found], exit_code=ExitCode.USAGE, data={"hardware": None}) from None
+        finding = Diagnostic.error(error.code, f"`{path}` {error}", help=error.help)
+        raise CommandError([finding], exit_code=ExitCode.USAGE, data={"hardware": None}) from None
 
 
-def hardware_block(found: Calibration) -> dict[str, Any]:
+def hardware_block(calibration: Calibration) -> dict[str, Any]:
     """Return the `hardware` of a profile with only the rates that were fitted."""
-    inventory = found.inventory
-    is_nested = found.kind["dtype"] in NESTED
+    inventory = calibration.inventory
+    is_nested = calibration.kind["dtype"] in NESTED
     devices: dict[str, Any] = {}
     for device in inventory.devices:
         if rates := _rates(device):
             own = {name: rates.pop(name) for name in ("bandwidth", "flops", "products") if is_nested and name in rates}
-            devices[str(device.id)] = rates | ({"dtypes": {found.kind["dtype"]: own}} if own else {})
+            devices[str(device.id)] = rates | ({"dtypes": {calibration.kind["dtype"]: own}} if own else {})
     links = _rate("together", inventory.together_bytes_per_second)
     for (source, target), link in inventory.links.items():
         if source.is_accelerator and target.is_accelerator:
@@ -92,7 +92,7 @@ def hardware_block(found: Calibration) -> dict[str, Any]:
             links |= _rate("host", link.bytes_per_second) | _rate("unpinned", link.unpinned_bytes_per_second)
     dispatch = inventory.dispatch_nanoseconds
     host = {"dispatch": f"{profile_duration(dispatch)} calibrated"} if _is_fitted(dispatch) else {}
-    spread = {phase: str(spread) for phase, spread in found.spreads.items()}
+    spread = {phase: str(spread) for phase, spread in calibration.spreads.items()}
     parts = {"devices": devices, "links": links, "host": host, "spread": spread}
     return {name: part for name, part in parts.items() if part}
 
@@ -125,13 +125,13 @@ def _is_fitted(rate: int) -> bool:
     return basis_of(rate) == "calibrated"
 
 
-def _found_how(found: Calibration) -> Iterator[str]:
+def _found_how(calibration: Calibration) -> Iterator[str]:
     """Yield, as comments, the receipts that the rates were fitted to, and the rates that share one factor."""
-    receipts = len(dict.fromkeys(residual.run.receipt for residual in found.residuals))
-    own = f"{counted(len(found.residuals), 'time')} of {counted(receipts, 'receipt')}"
-    yield f"# fitted to {own}: {', '.join(found.kind.values())}"
-    yield f"# {found.versions}"
-    for group, factor in zip(found.groups, found.factors, strict=True):
+    receipts = len(dict.fromkeys(residual.run.receipt for residual in calibration.residuals))
+    own = f"{counted(len(calibration.residuals), 'time')} of {counted(receipts, 'receipt')}"
+    yield f"# fitted to {own}: {', '.join(calibration.kind.values())}"
+    yield f"# {calibration.versions}"
+    for group, factor in zip(calibration.groups, calibration.factors, strict=True):
         together = " (which these receipts do not tell apart)" if len(group) > 1 else ""
         yield f"# x {factor:.2f}: {', '.join(map(str, group))}{together}"
 

@@ -62,8 +62,8 @@ def check(profiles: tuple[Path, ...], options: ProfileOptions, proves: bool) -> 
     results = check_all(named, options, proves=proves)
     texts = {name: text for checked in results for name, text in checked.texts.items()}
     # The warnings about installed libraries are the same for every profile.
-    found = dict.fromkeys(diagnostic for checked in results for diagnostic in checked.diagnostics)
-    options.report(found, texts, _data(results))
+    findings = dict.fromkeys(diagnostic for checked in results for diagnostic in checked.diagnostics)
+    options.report(findings, texts, _data(results))
     if options.shows_tables:
         echo(_summary(results))
     states = {checked.state for checked in results}

@@ -52,8 +52,8 @@ class CommandError(DevmapError):
         exit_code: ExitCode = ExitCode.WRONG,
         data: Mapping[str, Any] | None = None,
     ) -> None:
-        found = tuple(diagnostics)
-        super().__init__("; ".join(finding.message for finding in found), found, texts)
+        findings = tuple(diagnostics)
+        super().__init__("; ".join(finding.message for finding in findings), findings, texts)
         self.exit_code = exit_code
         self.data = data or {"plan": None}
 

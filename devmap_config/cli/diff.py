@@ -45,62 +45,62 @@ def diff(
     permissions = Permissions(allow_outside=allow_outside, trust_remote_code=trust_remote_code)
     with stages_shown(quiet=quiet):
         sides = sides_of(before, after, permissions)
-    found = difference_of(sides)
+    differences = difference_of(sides)
     notes = [note for side in sides for note in side.notes]
     if output_format == "json":
-        report(notes, {}, "json", data={"diff": found.to_json()})
+        report(notes, {}, "json", data={"diff": differences.to_json()})
     else:
         report([] if quiet else notes, {}, "table")
         names = (sides[0].name, sides[1].name)
         if output_format == "table" and not quiet:
-            print_lines(lambda width: table_lines(found, *names, width))
-        for line in _markdown(found, *names) if output_format == "markdown" and not quiet else ():
+            print_lines(lambda width: table_lines(differences, *names, width))
+        for line in _markdown(differences, *names) if output_format == "markdown" and not quiet else ():
             echo(line)
-    return ExitCode.DONE if found.is_none else ExitCode.STALE
+    return ExitCode.DONE if differences.is_none else ExitCode.STALE
 
 
-def table_lines(found: Difference, before: str, after: str, width: int) -> Iterator[str | Text | Padding]:
+def table_lines(difference: Difference, before: str, after: str, width: int) -> Iterator[str | Text | Padding]:
     """Yield the difference for a terminal of this width."""
-    if found.is_none:
+    if difference.is_none:
         yield f"{before} and {after} are the same plan"
         return
     from devmap_config.cli.tables import aligned
     from devmap_config.plan.diff import OTHER_MODELS, rates_in_words
 
     yield f"{before} {ARROW} {after}"
-    if found.models_differ:
+    if difference.models_differ:
         yield OTHER_MODELS
     for rows, headings in (
-        (_setting_rows(found), ()),
-        (_move_rows(found), ()),
-        (_device_rows(found), _DEVICE_HEADINGS),
-        (_figure_rows(found), ()),
+        (_setting_rows(difference), ()),
+        (_move_rows(difference), ()),
+        (_device_rows(difference), _DEVICE_HEADINGS),
+        (_figure_rows(difference), ()),
     ):
         if rows:
             yield ""
             yield from aligned(rows, width, headings=headings)
-    if said := rates_in_words(found.to_json()):
+    if said := rates_in_words(difference.to_json()):
         yield said
 
 
-def _markdown(found: Difference, before: str, after: str) -> Iterator[str]:
+def _markdown(difference: Difference, before: str, after: str) -> Iterator[str]:
     """Yield the difference as Markdown, for a comment on a pull request."""
     from devmap_config.cli.markdown import cell, code
     from devmap_config.plan.diff import OTHER_MODELS, rates_in_words
 
-    if found.is_none:
+    if difference.is_none:
         yield f"{code(before)} and {code(after)} are the same plan."
         return
-    yield f"**Placement**: {code(before)} {ARROW} {code(after)}{'' if found.moves else ': nothing moved'}"
-    if found.models_differ:
+    yield f"**Placement**: {code(before)} {ARROW} {code(after)}{'' if difference.moves else ': nothing moved'}"
+    if difference.models_differ:
         yield ""
         yield f"{OTHER_MODELS[0].upper()}{OTHER_MODELS[1:]}."
-    moved = [_split(row) for row in _move_rows(found)]
+    moved = [_split(row) for row in _move_rows(difference)]
     for headings, rows in (
-        (("plan", "before", "after"), [_split(row) for row in _setting_rows(found)]),
+        (("plan", "before", "after"), [_split(row) for row in _setting_rows(difference)]),
         (("modules", "before", "after"), moved),
-        (_DEVICE_HEADINGS, _device_rows(found)),
-        (("predicted", "before", "after", ""), [(*_split(row[:2]), row[2]) for row in _figure_rows(found)]),
+        (_DEVICE_HEADINGS, _device_rows(difference)),
+        (("predicted", "before", "after", ""), [(*_split(row[:2]), row[2]) for row in _figure_rows(difference)]),
     ):
         if rows:
             yield ""
@@ -109,7 +109,7 @@ def _markdown(found: Difference, before: str, after: str) -> Iterator[str]:
             name = code if rows is moved else cell
             for row in rows:
                 yield f"| {name(row[0])} | {' | '.join(map(cell, row[1:]))} |"
-    if said := rates_in_words(found.to_json()):
+    if said := rates_in_words(difference.to_json()):
         yield ""
         yield f"{said[0].upper()}{said[1:]}."
 
@@ -119,18 +119,18 @@ def _split(row: tuple[str, ...]) -> tuple[str, str, str]:
     return row[0], before, after or before
 
 
-def _setting_rows(found: Difference) -> list[tuple[str, ...]]:
+def _setting_rows(difference: Difference) -> list[tuple[str, ...]]:
     words = {"main_device": "main device", "offload_buffers": "buffers offloaded"}
     return [
         (words.get(name, name), _arrow(change.before, change.after, in_words))
-        for name, change in found.settings.items()
+        for name, change in difference.settings.items()
     ]
 
 
-def _move_rows(found: Difference) -> list[tuple[str, ...]]:
+def _move_rows(difference: Difference) -> list[tuple[str, ...]]:
     return [
         (module or "everything", _arrow(move.before, move.after, _home))
-        for move in found.moves
+        for move in difference.moves
         for module in move.modules
     ]
 
@@ -144,7 +144,7 @@ def _home(home: Home) -> str:
 _DEVICE_HEADINGS = ("device", "capacity", "weights", "cache", "running", "free")
 
 
-def _device_rows(found: Difference) -> list[tuple[str, ...]]:
+def _device_rows(difference: Difference) -> list[tuple[str, ...]]:
     """Return a row for each device with other contents or another capacity."""
 
     def size(of: Callable[[dict[str, int]], int], before: Any, after: Any) -> str:
@@ -159,12 +159,12 @@ def _device_rows(found: Difference) -> list[tuple[str, ...]]:
     )
     return [
         (device, *(size(part, change.before, change.after) for part in parts))
-        for device, change in found.devices.items()
+        for device, change in difference.devices.items()
         if not change.is_none
     ]
 
 
-def _figure_rows(found: Difference) -> list[tuple[str, ...]]:
+def _figure_rows(difference: Difference) -> list[tuple[str, ...]]:
     """Return a row for each figure that is known for one of the plans, with its change."""
     shown: dict[str, tuple[str, Callable[[int], str]]] = {
         "decode_nanoseconds_per_token": ("a token", format_duration),
@@ -176,7 +176,7 @@ def _figure_rows(found: Difference) -> list[tuple[str, ...]]:
     }
     rows: list[tuple[str, ...]] = []
     for name, (words, show) in shown.items():
-        change = found.figures[name]
+        change = difference.figures[name]
         if change.before is None and change.after is None:
             continue
         share = "" if name == "hops" else format_change(change.before, change.after)

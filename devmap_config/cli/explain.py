@@ -69,11 +69,14 @@ def _compare_caches(compiled: Compiled, profile: Path, options: ProfileOptions) 
     from devmap_config.cli.caches import compared_caches, comparison_table, said_of_caches
     from devmap_config.cli.reporting import print_lines
 
-    found = compared_caches(compiled, profile, options)
-    data = {"caches": [comparison.to_json() for comparison in found], "explanation": list(said_of_caches(found))}
+    comparisons = compared_caches(compiled, profile, options)
+    data = {
+        "caches": [comparison.to_json() for comparison in comparisons],
+        "explanation": list(said_of_caches(comparisons)),
+    }
     options.report(compiled.diagnostics, compiled.texts, {"plan": compiled.to_json(), **data})
     if options.shows_tables:
-        print_lines(lambda _: comparison_table(found))
+        print_lines(lambda _: comparison_table(comparisons))
 
 
 def _meant(name: str, known: Iterable[str]) -> str:
@@ -194,8 +197,8 @@ def _predictions(prediction: Prediction, graph: ModelGraph) -> Iterator[str]:
 
 def _waits(compiled: Compiled) -> Iterator[str]:
     """Yield a sentence for each phase: the time that it would take if its slowest resource were twice as fast."""
-    for phase, found in waits(compiled).items():
-        times = [f"{saving['what']} ({format_duration(saving['nanoseconds'])})" for saving in found]
+    for phase, savings in waits(compiled).items():
+        times = [f"{saving['what']} ({format_duration(saving['nanoseconds'])})" for saving in savings]
         if times:
             what = "token" if phase == "decode" else phase
             yield f"A {what} waits for {' and '.join(times)}: in brackets, its time if that were twice as fast."
@@ -355,9 +358,9 @@ def _rules_about(resolution: Resolution, name: str, graph: ModelGraph) -> list[s
         dict.fromkeys(resolution.decisions[tensor].rule for tensor in tensors if tensor in resolution.decisions)
     )
     lines = [f"{_at(rule)} decides: it puts it on {rule.device}." for rule in winning if rule.device]
-    for rule, found in resolution.matches:
+    for rule, match in resolution.matches:
         matched = [
-            path for path in found.names if name == path or name.startswith(f"{path}.") or path.startswith(f"{name}.")
+            path for path in match.names if name == path or name.startswith(f"{path}.") or path.startswith(f"{name}.")
         ]
         if matched and rule not in winning and rule.origin != "allow_new":
             if rule.not_on:

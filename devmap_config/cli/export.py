@@ -80,15 +80,15 @@ def _locked(profile: Path, options: ProfileOptions) -> tuple[Lock, Compiled]:
     try:
         lock = lock_at(path, allow_outside=options.permissions.allow_outside)
     except LockError as error:
-        found = Diagnostic.error(error.code, f"`{path}` {error}", place, help=remedy(error.code, profile))
-        raise CommandError((found,), exit_code=ExitCode.STALE) from None
+        finding = Diagnostic.error(error.code, f"`{path}` {error}", place, help=remedy(error.code, profile))
+        raise CommandError((finding,), exit_code=ExitCode.STALE) from None
     with stages_shown(quiet=options.quiet):
         compilation, drift = compile_locked(profile, lock, **options.of_request)
     if isinstance(compilation, Rejected):
         raise CommandError(compilation.diagnostics, compilation.texts)
     if drift is not None:
-        found = Diagnostic.error(drift.code, f"`{path}` {drift.message}", place, help=remedy(drift.code, profile))
-        raise CommandError((*compilation.diagnostics, found), compilation.texts, exit_code=ExitCode.STALE)
+        finding = Diagnostic.error(drift.code, f"`{path}` {drift.message}", place, help=remedy(drift.code, profile))
+        raise CommandError((*compilation.diagnostics, finding), compilation.texts, exit_code=ExitCode.STALE)
     return lock, compilation
 
 
@@ -130,8 +130,8 @@ def _checked(made: Export, python: str, compiled: Compiled) -> Export:
     try:
         version = parsed_by(python, made.files)
     except ParserError as error:
-        found = Diagnostic.error("unfit-export", str(error), help=error.help)
-        raise CommandError((*compiled.diagnostics, found), compiled.texts) from None
+        finding = Diagnostic.error("unfit-export", str(error), help=error.help)
+        raise CommandError((*compiled.diagnostics, finding), compiled.texts) from None
     return replace(made, notes=(*made.notes, f"vLLM {version} takes what it is told"))
 
 

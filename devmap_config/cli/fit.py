@@ -60,11 +60,11 @@ class Row:
     def plans(self) -> dict[str, Compiled]:
         """Return the plans by what they are best at; only one if neither is better."""
         plans = {"speed": self.fastest, "context": self.longest}
-        found = {aim: compiled for aim, compiled in plans.items() if compiled is not None}
-        speed, context = found.get("speed"), found.get("context")
+        known = {aim: compiled for aim, compiled in plans.items() if compiled is not None}
+        speed, context = known.get("speed"), known.get("context")
         if speed is not None and context is not None and _context(speed) >= _context(context):
             return {"both": speed}
-        return found
+        return known
 
 
 def _plan_to_json(compiled: Compiled | None) -> dict[str, Any] | None:

@@ -144,15 +144,17 @@ def compile_draft(draft: NewProfile, permissions: Permissions, *, simulates: boo
         file.unlink(missing_ok=True)
 
 
-def deliver(text: str, path: Path | None, output_format: str, found: Sink | None = None, next_step: str = "") -> None:
+def deliver(
+    text: str, path: Path | None, output_format: str, findings: Sink | None = None, next_step: str = ""
+) -> None:
     """Write a profile, or print it if there is no path, and report the findings about it."""
     from devmap_config.cli.locking import write
     from devmap_config.cli.reporting import echo, echo_lines, report
 
     if path is not None:
         write(path, text)
-    texts = {} if found is None else found.texts
-    report(found or (), texts, output_format, data={"profile": text, "written": None if path is None else str(path)})
+    texts = {} if findings is None else findings.texts
+    report(findings or (), texts, output_format, data={"profile": text, "written": None if path is None else str(path)})
     if path is not None:
         echo(f"wrote {path}{next_step}", err=True)
     elif output_format == "table":

@@ -107,7 +107,7 @@ def _measured(seen: SeenMachine, disk_folder: Path, quiet: bool) -> tuple[Mappin
         def begun(step: MeasurementStep) -> None:
             progress.update(task, completed=planned.index(step), description=step.words, refresh=True)
 
-        found, failures = measured(planned, begun)
+        rates, failures = measured(planned, begun)
     notes = tuple(
         Diagnostic.warning(
             "not-measured",
@@ -116,7 +116,7 @@ def _measured(seen: SeenMachine, disk_folder: Path, quiet: bool) -> tuple[Mappin
         )
         for words, reason in failures.items()
     )
-    return found, notes
+    return rates, notes
 
 
 def _of_this_host(lock: Lock, named: str | None, file: Path) -> tuple[Lock, str | None]:
@@ -155,11 +155,11 @@ def _against(file: Path, host: str | None, disk_folder: Path, output_format: str
     file = lock_path(file) if file.suffix in (".yaml", ".yml") else file
     lock, here = _of_this_host(_read(file), host, file)
     seen = probe_machine(os.environ, disk_folder)
-    found = differences(lock, seen, whole_file(str(file)))
-    is_fit = not any(finding.is_error for finding in found)
+    findings = differences(lock, seen, whole_file(str(file)))
+    is_fit = not any(finding.is_error for finding in findings)
     wanted = demands(lock, seen)
     data = {"fits": is_fit, "host": here, "needs": [demand.to_json() for demand in wanted], "seen": seen.to_json()}
-    report([*seen.notes, *found], {}, output_format, quiet=quiet, data=data)
+    report([*seen.notes, *findings], {}, output_format, quiet=quiet, data=data)
     if output_format == "table" and not quiet:
         for demand in wanted:
             echo(_sentence(demand))

@@ -44,17 +44,17 @@ def profiles_named(arguments: Iterable[Path]) -> tuple[Path, ...]:
 
     Arguments that name nothing are kept, so that they are reported.
     """
-    found: dict[Path, None] = {}
+    profiles: dict[Path, None] = {}
     for argument in arguments:
         if is_folder(argument):
-            found |= dict.fromkeys(_profiles_below(argument))
+            profiles |= dict.fromkeys(_profiles_below(argument))
         elif not exists(argument) and has_magic(str(argument)):
             matched = [Path(name) for name in sorted(glob(str(argument), recursive=True))]  # noqa: PTH207  absolute ones too
             named = [path for path in matched if path.name.endswith(PROFILE_SUFFIXES)]
-            found |= dict.fromkeys(named or [argument])
+            profiles |= dict.fromkeys(named or [argument])
         else:
-            found[_of_lock(argument)] = None
-    return tuple(found)
+            profiles[_of_lock(argument)] = None
+    return tuple(profiles)
 
 
 def _of_lock(path: Path) -> Path:
@@ -117,8 +117,8 @@ class _Sketch:
 
         known = list(Profile.model_fields)
         meant = {key: difflib.get_close_matches(key, known, n=1, cutoff=SIMILARITY) for key in self.keys}
-        found = {key: key if key in known else close[0] for key, close in meant.items() if key in known or close}
-        return found | {key: "x-" for key in self.keys if key.startswith("x-")}
+        meanings = {key: key if key in known else close[0] for key, close in meant.items() if key in known or close}
+        return meanings | {key: "x-" for key in self.keys if key.startswith("x-")}
 
     @property
     def exact(self) -> frozenset[str]:
@@ -140,8 +140,8 @@ class _Sketch:
 
 
 def _are_sections(keys: Iterable[str], has_version: bool) -> bool:
-    found = set(keys)
-    return bool(found & SECTIONS) or ("hardware" in found and has_version)
+    present = set(keys)
+    return bool(present & SECTIONS) or ("hardware" in present and has_version)
 
 
 def _looks_like_profile(sketch: _Sketch, sketches: Mapping[Path, _Sketch]) -> bool:

@@ -60,8 +60,8 @@ def cases_in(path: Path) -> tuple[Case, ...]:
     try:
         return cases_of(path)
     except FileError as error:
-        found = Diagnostic.error(error.code, f"`{path}` {error}", help=error.help)
-        raise CommandError([found], exit_code=ExitCode.USAGE, data={"cases": None}) from None
+        finding = Diagnostic.error(error.code, f"`{path}` {error}", help=error.help)
+        raise CommandError([finding], exit_code=ExitCode.USAGE, data={"cases": None}) from None
 
 
 NAMES = ("case", "device")

@@ -61,22 +61,22 @@ def report(
     data: Mapping[str, Any] | None = None,
 ) -> None:
     """Print findings in a format; `data` are the other keys of the object that `json` prints."""
-    found = tuple(diagnostics)
+    findings = tuple(diagnostics)
     if output_format == "json":
         from devmap_config.diagnostics.structured import diagnostics_to_json
 
-        print_json({"diagnostics": diagnostics_to_json(found), **(data or {})})
+        print_json({"diagnostics": diagnostics_to_json(findings), **(data or {})})
     elif output_format == "sarif":
         from devmap_config.diagnostics.sarif import diagnostics_to_sarif
 
-        print_json(diagnostics_to_sarif(found, own_version()))
+        print_json(diagnostics_to_sarif(findings, own_version()))
     elif output_format == "github":
         from devmap_config.diagnostics.github import diagnostics_to_github
 
-        for line in diagnostics_to_github(found):
+        for line in diagnostics_to_github(findings):
             click.echo(line)
     else:
-        report_on_terminal([finding for finding in found if not quiet or finding.is_error], texts)
+        report_on_terminal([finding for finding in findings if not quiet or finding.is_error], texts)
 
 
 def report_on_terminal(diagnostics: list[Diagnostic], texts: Mapping[str, str]) -> None:

@@ -67,15 +67,15 @@ def tree(
     if is_measured:
         _show_measured(graph, output_format, allow_unmeasured=allow_unmeasured)
         return ExitCode.DONE
-    found = None if pattern is None else _matched(pattern, graph)
-    names = None if found is None else found.names
+    match = None if pattern is None else _matched(pattern, graph)
+    names = None if match is None else match.names
     if output_format == "json":
         print_json({"class": graph.class_name, "size_bytes": graph.size_bytes, **tree_to_json(graph, names)})
     else:
         print_lines(lambda _: tree_lines(graph, names, depth), soft_wrap=True)
-    if found is None or (found.names and not found.beyond):
+    if match is None or (match.names and not match.beyond):
         return ExitCode.DONE
-    echo(_shortcoming(pattern or "", found, graph), err=True)
+    echo(_shortcoming(pattern or "", match, graph), err=True)
     return ExitCode.WRONG
 
 
@@ -90,15 +90,15 @@ def _matched(pattern: str, graph: ModelGraph) -> Match:
         raise click.UsageError(f"no pattern: {error.message}\n  {pattern}\n  {marks} {error.help or ''}") from None
 
 
-def _shortcoming(pattern: str, found: Match, graph: ModelGraph) -> str:
+def _shortcoming(pattern: str, match: Match, graph: ModelGraph) -> str:
     """Return why a pattern is wrong for this model: it names too much, or nothing that exists."""
     from devmap_config.rules.pattern import parse_pattern
     from devmap_config.rules.suggestion import nearest_to
 
-    if found.beyond:
-        parent, last = found.beyond[0].parent, found.beyond[0].existing[-1]
+    if match.beyond:
+        parent, last = match.beyond[0].parent, match.beyond[0].existing[-1]
         return f"`{pattern}` asks for more than there is: the last index in `{parent}` is {last}"
-    label = nearest_to(parse_pattern(pattern), found.failure, graph).label
+    label = nearest_to(parse_pattern(pattern), match.failure, graph).label
     return f"`{pattern}` matches nothing of {graph.class_name}" + (f"; {label}" if label else "")
 
 
@@ -151,17 +151,17 @@ def graph_of_source(
         length = context_length if context_length > 0 else DEFAULT_CONTEXT_LENGTH
         workload = WorkloadShape(batch_size=1, context_length=length, prompt_length=length)
     try:
-        found = local_source(path) if exists(path) else hub_source(source, revision)
-        name = class_name or found.class_name
+        model_source = local_source(path) if exists(path) else hub_source(source, revision)
+        name = class_name or model_source.class_name
         if name is None:
             raise click.UsageError("the config does not name the model's class: give `--class AutoModel`")
         return graph_from_source(
             GraphInputs(
-                source=found,
+                source=model_source,
                 class_name=name,
-                dtype=found.dtype_for(dtype or "auto"),
+                dtype=model_source.dtype_for(dtype or "auto"),
                 workload=workload,
-                quantization=effective_quantization(None, found.config),
+                quantization=effective_quantization(None, model_source.config),
                 trust_remote_code=trust_remote_code,
             )
         )

@@ -40,15 +40,15 @@ def update(profile: Path, options: ProfileOptions, dry_run: bool) -> None:
     before = earlier.inputs.get("commit") if earlier else None
     reached = compilation.reached if isinstance(compilation, Rejected) else compilation
     after = reached.model.source.commit if reached else None
-    found = plan = None
+    difference = plan = None
     if not isinstance(compilation, Rejected):
         plan = compilation.to_json()
         if earlier:
-            found = difference_of((locked_side("before", earlier), compiled_side("now", compilation)))
+            difference = difference_of((locked_side("before", earlier), compiled_side("now", compilation)))
     data = {
         "plan": plan,
         "commit": {"before": before, "after": after},
-        "diff": found.to_json() if found else None,
+        "diff": difference.to_json() if difference else None,
     }
     if isinstance(compilation, Rejected):
         raise CommandError(compilation.diagnostics, compilation.texts, data=data)
@@ -56,8 +56,8 @@ def update(profile: Path, options: ProfileOptions, dry_run: bool) -> None:
     options.report(compilation.diagnostics, compilation.texts, data)
     if options.shows_tables:
         echo(_summary(compilation.loaded.profile.model, before, after))
-        if found and not found.is_none:
-            print_lines(partial(table_lines, found, "before", "now"))
+        if difference and not difference.is_none:
+            print_lines(partial(table_lines, difference, "before", "now"))
         if written:
             echo(f"wrote {' and '.join(map(str, written))}", err=True)
 

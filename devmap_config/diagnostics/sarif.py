@@ -18,8 +18,8 @@ SCHEMA = "https://json.schemastore.org/sarif-2.1.0.json"
 
 def diagnostics_to_sarif(diagnostics: Iterable[Diagnostic], version: str) -> dict[str, Any]:
     """Return a SARIF log with one run; `version` is that of devmap-config."""
-    found = tuple(diagnostics)
-    codes = sorted({diagnostic.code for diagnostic in found})
+    findings = tuple(diagnostics)
+    codes = sorted({diagnostic.code for diagnostic in findings})
     return {
         "$schema": SCHEMA,
         "version": "2.1.0",
@@ -29,7 +29,7 @@ def diagnostics_to_sarif(diagnostics: Iterable[Diagnostic], version: str) -> dic
                     "driver": {"name": "devmap-config", "version": version, "rules": [_rule(code) for code in codes]}
                 },
                 "columnKind": "unicodeCodePoints",
-                "results": [_result(diagnostic, codes) for diagnostic in found],
+                "results": [_result(diagnostic, codes) for diagnostic in findings],
             }
         ],
     }

@@ -116,7 +116,7 @@ def streamed_pieces(
     model: PreTrainedModel, pieces: Iterable[Sequence[str]], folder: Path | None
 ) -> list[StreamedPiece]:
     """Return the streamed part of each piece, according to accelerate's hooks."""
-    found: list[StreamedPiece] = []
+    streamed: list[StreamedPiece] = []
     for paths in pieces:
         hooks: dict[tuple[bool, torch.device], dict[torch.nn.Module, AlignDevicesHook]] = {}
         sources: dict[torch.nn.Module, dict[str, WeightSource]] = {}
@@ -129,8 +129,8 @@ def streamed_pieces(
                     where = (stores == {DISK}, torch.device(hook.execution_device))
                     hooks.setdefault(where, {})[module] = hook
         for (is_on_disk, device), of_modules in hooks.items():
-            found.append(StreamedPiece(is_on_disk, device, of_modules, sources))
-    return found
+            streamed.append(StreamedPiece(is_on_disk, device, of_modules, sources))
+    return streamed
 
 
 def _sources(

@@ -245,14 +245,14 @@ def map_weights(model: PreTrainedModel, names: Iterable[str], folder: Path) -> N
         OSError: if one cannot be written.
     """
     absent = {name for name, parameter in model.named_parameters(remove_duplicate=False) if parameter.is_meta}
-    stated = {name: found for name in names if name in absent and (found := place_in_file(model, name)) is not None}
+    stated = {name: stored for name in names if name in absent and (stored := place_in_file(model, name)) is not None}
     if not stated:
         return
     remove_hook_from_submodules(model)
     for tensor in (*model.parameters(), *model.buffers()):
         if not tensor.is_meta:
             tensor.data = tensor.data.clone()
-    places = {name: place_of(found, model.get_parameter(name).dtype, folder) for name, found in stated.items()}
+    places = {name: place_of(stored, model.get_parameter(name).dtype, folder) for name, stored in stated.items()}
     mapped = mapped_files(places.values())
     parameters: dict[TensorInFile, torch.nn.Parameter] = {}
     held: dict[torch.nn.Module, dict[str, TensorInFile]] = {}

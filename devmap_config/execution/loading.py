@@ -39,11 +39,11 @@ def loading_extra_bytes(graph: ModelGraph, assignments: Iterable[Assignment]) ->
         if graph.storage_of[name] == name and graph.tensors[name].persistent
     ]
     one_by_one = facts.quantises or any(device == DISK for _, device in placed)
-    found = {CPU: _on_cpu(placed, facts, one_by_one=one_by_one)}
+    extra_bytes = {CPU: _on_cpu(placed, facts, one_by_one=one_by_one)}
     for tensor, device in placed:
         if device.is_accelerator:
-            found[device] = max(found.get(device, 0), _made_bytes(tensor, facts))
-    return found
+            extra_bytes[device] = max(extra_bytes.get(device, 0), _made_bytes(tensor, facts))
+    return extra_bytes
 
 
 def _made_bytes(tensor: Tensor, facts: LoadingFacts) -> int:

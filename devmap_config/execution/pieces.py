@@ -77,18 +77,18 @@ def pieces_ahead(
 
 def _outermost(graph: ModelGraph) -> list[Module]:
     """Return the outermost modules with parameters within blocks, or the blocks themselves."""
-    found: list[Module] = []
+    outermost: list[Module] = []
 
     def visit(module: Module) -> None:
         if any(not tensor.is_held_in_buffer for tensor in module.own_tensors):
-            found.append(module)
+            outermost.append(module)
         else:
             for child in module.children:
                 visit(child)
 
     for path in graph.blocks:
         visit(graph.modules[path])
-    return found
+    return outermost
 
 
 def _holding(module: Module) -> list[ModulePath]:

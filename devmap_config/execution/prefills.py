@@ -25,7 +25,7 @@ def prefilled_from(graph: ModelGraph, inventory: Inventory) -> dict[str, int]:
         return {}
     rates, card = MachineRates(inventory, "prefill"), inventory.accelerators[0].id
     prompt_tokens = measurement.workload.batch_size * measurement.workload.prompt_length
-    found = {}
+    least_tokens = {}
     for module in graph.modules.values():
         cost = measurement.by_path.get(module.path)
         if cost is not None and _is_apart(module, cost):
@@ -34,8 +34,8 @@ def prefilled_from(graph: ModelGraph, inventory: Inventory) -> dict[str, int]:
             except MissingFigureError:
                 return {}
             if tokens is not None and tokens <= prompt_tokens:
-                found[str(module.path)] = tokens
-    return found
+                least_tokens[str(module.path)] = tokens
+    return least_tokens
 
 
 def _is_apart(module: Module, cost: ModuleCost) -> bool:

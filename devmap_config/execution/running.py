@@ -74,18 +74,18 @@ class Running:
         def at(cost: ModuleCost) -> ModuleCost:
             return cost if context_length is None else cost.at(workload, context_length)
 
-        found = {}
+        costs_by_device = {}
         for device in dict.fromkeys([*self.holding, *self.peaking, *self.own, *self.streaming]):
             held = [(at(cost), count) for cost, count in self.holding.get(device, {}).items()]
             peaks = [at(cost).peak_bytes for cost in self.peaking.get(device, ())]
             own = [at(cost).own_peak_bytes for cost in self.own.get(device, ())]
             retained_bytes = sum(cost.retained_bytes * count for cost, count in held)
-            found[device] = RunningCost(
+            costs_by_device[device] = RunningCost(
                 kv_cache_bytes=sum(cost.cache_bytes * count for cost, count in held),
                 activation_bytes=max([*peaks, *own], default=0) + retained_bytes,
                 streaming_bytes=self.streaming.get(device, 0),
             )
-        return self._with_offloaded(found, context_length)
+        return self._with_offloaded(costs_by_device, context_length)
 
     def _with_offloaded(
         self, costs: dict[Device, RunningCost], context_length: int | None

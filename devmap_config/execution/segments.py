@@ -187,11 +187,11 @@ class MachineRates:
         working: Counter[Device] = Counter()
         for (device, step), count in segment.steps.items():
             working[device] += count * self.step_nanoseconds(step, device)
-        found = {}
+        busy_nanoseconds = {}
         for device in dict.fromkeys([*working, *segment.dispatches]):
             both = (working[device], segment.dispatches[device] * self.inventory.dispatch_nanoseconds)
-            found[device] = max(both) if device.is_accelerator else sum(both)
-        return found
+            busy_nanoseconds[device] = max(both) if device.is_accelerator else sum(both)
+        return busy_nanoseconds
 
     def step_nanoseconds(self, step: ModuleWork, device: Device) -> int:
         """Return the time of a module's work on a device."""

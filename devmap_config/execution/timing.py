@@ -352,12 +352,12 @@ def _parts_elsewhere(module: Module, homes: Mapping[TensorName, Location], aroun
 
 def homes_of_blocks(graph: ModelGraph, homes: Mapping[TensorName, Location]) -> dict[ModulePath, Device]:
     """Return the device on which each block runs, for blocks with tensors."""
-    found: dict[ModulePath, Device] = {}
+    homes_by_block: dict[ModulePath, Device] = {}
     for path in graph.blocks:
         running = [homes[tensor.name].runs_on for tensor in graph.modules[path].tensors()]
         if running:
-            found[path] = home_of(running)
-    return found
+            homes_by_block[path] = home_of(running)
+    return homes_by_block
 
 
 def crossings(graph: ModelGraph) -> Iterator[Crossing]:

@@ -65,8 +65,8 @@ def other_engine(request: Request, compilation: Compilation) -> OtherEngine | No
     compiled = compilation if isinstance(compilation, Compiled) else None
     if prepared.is_for_vllm:
         return _transformers(request) if compiled is None else None
-    found = _vllm(request, compiled, tuple(device.id for device in prepared.inventory.accelerators))
-    return found or (None if compiled is None else _llama_cpp(compiled))
+    engine = _vllm(request, compiled, tuple(device.id for device in prepared.inventory.accelerators))
+    return engine or (None if compiled is None else _llama_cpp(compiled))
 
 
 def _transformers(request: Request) -> OtherEngine | None:

@@ -31,8 +31,8 @@ class UnfitExportError(DevmapError):
     """The program that a plan is exported to cannot express it."""
 
     def __init__(self, diagnostics: Iterable[Diagnostic], texts: Mapping[str, str]) -> None:
-        found = tuple(diagnostics)
-        super().__init__("; ".join(finding.message for finding in found if finding.is_error), found, texts)
+        findings = tuple(diagnostics)
+        super().__init__("; ".join(finding.message for finding in findings if finding.is_error), findings, texts)
 
 
 def require_no_errors(sink: Sink, compiled: Compiled) -> None:

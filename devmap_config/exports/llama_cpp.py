@@ -183,8 +183,8 @@ def _placed(compiled: Compiled, sink: Sink) -> GgufPlacement:
                 help="run the plan with `devmap run`",
             )
             continue
-        found = NUMBER.search(name)
-        number = found[0] if found and "N" in module.split(".") else ""
+        match = NUMBER.search(name)
+        number = match[0] if match and "N" in module.split(".") else ""
         layers = max(layers, int(number) + 1) if number else layers
         for tensor in names[module]:
             devices[tensor.replace(".N.", f".{number}.")] = location.stored_on

@@ -132,13 +132,13 @@ def _check_map(compiled: Compiled, sink: Sink) -> None:
     try:
         _ = compiled.plan.device_map
     except NotADeviceMapError as error:
-        for found in error.diagnostics:
+        for finding in error.diagnostics:
             cache = compiled.loaded.profile.workload.cache
             span = span_of(compiled, error.units) if compiled.plan.compute else cache.span
-            sink.error("not-a-device-map", found.message, span, help=found.help)
+            sink.error("not-a-device-map", finding.message, span, help=finding.help)
     except NotForTransformersError as error:
-        for found in error.diagnostics:
-            sink.error("not-a-device-map", found.message, compiled.loaded.profile.targets.span, help=found.help)
+        for finding in error.diagnostics:
+            sink.error("not-a-device-map", finding.message, compiled.loaded.profile.targets.span, help=finding.help)
 
 
 def _source(weights: str, folder: Path) -> str:

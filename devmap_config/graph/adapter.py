@@ -173,10 +173,10 @@ def find_adapter(source: str, path: Path, revision: str | None, within: Boundary
         help = "say which: `adapter: {source: …, revision: …}` with the 40 digits of a commit"
         raise AdapterError(f"`{source}` is an adapter of the hub, and its commit is not named", help)
     try:
-        found = hub_file(source, CONFIG_FILE, revision)
+        config_path = hub_file(source, CONFIG_FILE, revision)
     except ModelNotFoundError as error:
         raise AdapterError(str(error), error.help or "name an adapter's folder, or the hub id of one") from error
-    return LoraAdapter(_read(found, None), found.parent, (source, revision))
+    return LoraAdapter(_read(config_path, None), config_path.parent, (source, revision))
 
 
 def _read(path: Path, within: Boundary | None) -> AdapterConfig:
@@ -411,8 +411,8 @@ class _Matching:
             return True
         for expression in self.layers:
             self.tries += 1
-            if (found := expression.match(path)) is not None:
-                return int(found.group(1)) in self.config.layers
+            if (match := expression.match(path)) is not None:
+                return int(match.group(1)) in self.config.layers
         return False
 
     def change(self, path: str) -> LowRankUpdate:
@@ -459,8 +459,8 @@ def stored_names(adapter: LoraAdapter, graph: ModelGraph, *, must_be_there: bool
         stored = wanted if wanted in left else f"{wanted}.weight"
         if stored not in left:
             raise _misfit(f"lacks `{wanted}`")
-        if (found := left.pop(stored)[1]) != shape:
-            raise _misfit(f"has `{stored}` as {list(found)}, and the model takes {list(shape)}")
+        if (stored_shape := left.pop(stored)[1]) != shape:
+            raise _misfit(f"has `{stored}` as {list(stored_shape)}, and the model takes {list(shape)}")
         names[str(name)] = stored
     for stored in [name for name in left if adapter.config.bias != "none" and name.endswith(".bias")]:
         replaced = TensorName(stored.removeprefix(PREFIX).replace(".base_layer.", "."))

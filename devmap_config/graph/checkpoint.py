@@ -319,8 +319,8 @@ def _unreadable(name: str, what: str) -> CheckpointError:
 
 def first_floating_dtype(tensors: Iterable[StoredTensor]) -> str | None:
     """Return torch's name of the dtype of the first floating-point tensor, which decides in transformers."""
-    found = (SAFETENSORS_DTYPES.get(tensor.dtype) for tensor in tensors)
-    return next((dtype for dtype in found if dtype), None)
+    dtypes = (SAFETENSORS_DTYPES.get(tensor.dtype) for tensor in tensors)
+    return next((dtype for dtype in dtypes if dtype), None)
 
 
 SAFETENSORS_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}

@@ -94,8 +94,8 @@ def judge(match: CheckpointMatch, config: Mapping[str, Any], allowed: frozenset[
     if not missing and not mismatched:
         parts[0] = f"{len(new)} of {count} tensors are new, by `allow_new`"
     looks_like, help = _kind_of_mistake(match, missing, mismatched, config)
-    found = "; ".join(filter(None, parts))
-    message = f"the checkpoint does not hold this {match.class_name}, and looks like {looks_like}: {found}"
+    warnings = "; ".join(filter(None, parts))
+    message = f"the checkpoint does not hold this {match.class_name}, and looks like {looks_like}: {warnings}"
     return Judgement(error=message, error_help=help)
 
 

@@ -45,19 +45,19 @@ def media_of(model: PreTrainedModel, workload: WorkloadShape) -> tuple[Media, ..
         MissingSizeError: if the inputs depend on the size of images, and the workload does not state it.
         OtherInputsError: if the model takes them in an unknown way.
     """
-    found = []
+    media = []
     accepted = set(inspect.signature(model.forward).parameters)
     if workload.images and not accepted & {"pixel_values", *BY_PARAMETER}:
         raise NoMediaError("it takes no images")
     if workload.audio_seconds and not accepted & {*SOUND_NAMES}:
         raise NoMediaError("it takes no sound")
     if workload.images:
-        found.append(_asked(model, workload, image_candidates(model, workload), IMAGE_TOKENS, "images"))
+        media.append(_asked(model, workload, image_candidates(model, workload), IMAGE_TOKENS, "images"))
     if workload.audio_seconds:
         sound = _asked(model, workload, sound_candidates(model, workload), AUDIO_TOKENS, "sound")
         require_one_window(model, workload, sound)
-        found.append(sound)
-    return tuple(found)
+        media.append(sound)
+    return tuple(media)
 
 
 def _asked(

@@ -127,7 +127,7 @@ class Forwards:
         if self.media and IMAGES_ATTENDED in self._accepted:
             self._attended = output.image_outputs.last_hidden_state
         held = dict(output) if isinstance(output, dict) else {}
-        cache = next((found for name in CACHE_NAMES if (found := held.get(name)) is not None), None)
+        cache = next((cache for name in CACHE_NAMES if (cache := held.get(name)) is not None), None)
         if cache is None and (name := unnamed_cache(output)) is not None:
             raise self._unlike(f"returns its cache as `{name}`")
         return None if self._only_returns_its_cache else cache
@@ -294,14 +294,14 @@ CACHES_MADE_IN = ("transformers", "devmap_config.graph")
 
 def cache_tensors(cache: Any) -> list[torch.Tensor]:
     """Return every tensor within a cache, whatever its class."""
-    found: dict[int, torch.Tensor] = {}
+    tensors: dict[int, torch.Tensor] = {}
     waiting, seen = [cache], set()
     while waiting:
         item = waiting.pop()
         if isinstance(item, torch.Tensor) and hasattr(item, "__tensor_flatten__"):  # quanto's hold others
             waiting += [getattr(item, name) for name in item.__tensor_flatten__()[0]]
         elif isinstance(item, torch.Tensor):
-            found.setdefault(id(item), item)
+            tensors.setdefault(id(item), item)
         elif id(item) not in seen:
             seen.add(id(item))
             if isinstance(item, dict):
@@ -310,4 +310,4 @@ def cache_tensors(cache: Any) -> list[torch.Tensor]:
                 waiting += item
             elif type(item).__module__.startswith(CACHES_MADE_IN) and "configuration" not in type(item).__module__:
                 waiting += vars(item).values()
-    return list(found.values())
+    return list(tensors.values())

@@ -71,8 +71,8 @@ def hub_checkpoint(
     path = default_directory().with_name("checkpoints") / f"{name}.json"
     if (value := kept(path)) is not None:
         return _from_json(value)
-    if (found := _in_snapshot(snapshot, config)) is not None:
-        return found
+    if (checkpoint := _in_snapshot(snapshot, config)) is not None:
+        return checkpoint
     asked = _asked_for(_Commit(repository, commit, token), config) if may_ask() else None
     if asked is not None:
         keep(path, _to_json(asked))
@@ -114,8 +114,8 @@ def _asked_for(commit: _Commit, config: Mapping[str, Any]) -> Checkpoint | None:
     explicit = config.get("transformers_weights")
     single, index = (explicit, explicit) if isinstance(explicit, str) else (SINGLE_FILE, INDEX_FILE)
     try:
-        if not single.endswith(".json") and (found := _header_of(commit, single)) is not None:
-            return found
+        if not single.endswith(".json") and (header := _header_of(commit, single)) is not None:
+            return header
         return _sharded(commit, index)
     except CheckpointError:
         raise
@@ -134,9 +134,9 @@ def _sharded(commit: _Commit, index: str) -> Checkpoint | None:
         return None
     files = index_files(read_index(path), index)
     with ThreadPoolExecutor(CONNECTIONS) as pool:
-        found = list(pool.map(lambda file: _header_of(commit, file), files))
-    parts = [part for part in found if part is not None]
-    if len(parts) < len(found):
+        headers = list(pool.map(lambda file: _header_of(commit, file), files))
+    parts = [part for part in headers if part is not None]
+    if len(parts) < len(headers):
         return None
     file_bytes = {name: size for part in parts for name, size in part.file_bytes.items()}
     return Checkpoint(file_bytes, {name: tensor for part in parts for name, tensor in part.tensors.items()})

@@ -248,8 +248,8 @@ def _is_own(class_name: str) -> bool:
     """Return whether a class is a concrete one of transformers, with a config of transformers."""
     import transformers
 
-    found = getattr(transformers, class_name, None)
-    return found is not None and not is_auto_class(found)
+    model_class = getattr(transformers, class_name, None)
+    return model_class is not None and not is_auto_class(model_class)
 
 
 def _measured(model: PreTrainedModel, graph: ModelGraph, workload: WorkloadShape) -> Measurement:
@@ -275,14 +275,14 @@ def resolve_class(class_name: str, config: PreTrainedConfig) -> Any:
     """Return the concrete class of transformers that `class_name` resolves to for this config."""
     import transformers
 
-    found = getattr(transformers, class_name, None)
-    if found is None:
+    model_class = getattr(transformers, class_name, None)
+    if model_class is None:
         close = RENAMED_CLASSES.get(class_name) or closest(class_name, dir(transformers))
         meant = f"; did you mean `{close}`?" if close else ""
         raise UnbuildableModelError(f"transformers {transformers.__version__} has no class `{class_name}`{meant}")
-    if not is_auto_class(found):
-        return found
-    mapping = model_mapping(found)  # the public `from_config` would build and initialise the model
+    if not is_auto_class(model_class):
+        return model_class
+    mapping = model_mapping(model_class)  # the public `from_config` would build and initialise the model
     if type(config) not in mapping:
         raise UnbuildableModelError(f"`{class_name}` has no model for `{config.model_type}`")
     candidates = mapping[type(config)]

@@ -119,7 +119,7 @@ def offloaded_tensors(cache: Any, workload: WorkloadShape) -> list[list[torch.Te
     if workload.cache not in OFFLOADED or not hasattr(cache, "layers"):
         return []
     keeps_windows = workload.cache == "offloaded_static"
-    found = []
+    layers = []
     none = [False] * len(cache.layers)  # transformers 5.14 has no dummy layers
     kinds = (cache.is_sliding, getattr(cache, "is_linear", none), getattr(cache, "is_dummy", none))
     for layer, is_sliding, is_linear, is_dummy in zip(cache.layers, *kinds, strict=True):
@@ -128,8 +128,8 @@ def offloaded_tensors(cache: Any, workload: WorkloadShape) -> list[list[torch.Te
         if any(getattr(layer, name, None) for name in STATES):
             raise UnfitCacheError("its layers keep states besides keys and values")
         tensors = (getattr(layer, name, None) for name in ("keys", "values", "indexer_keys"))
-        found.append([tensor for tensor in tensors if tensor is not None and tensor.dim() > 1])
-    return [tensors for tensors in found if tensors]
+        layers.append([tensor for tensor in tensors if tensor is not None and tensor.dim() > 1])
+    return [tensors for tensors in layers if tensors]
 
 
 def _require_groups(config: Any, workload: WorkloadShape) -> None:

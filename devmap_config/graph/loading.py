@@ -402,9 +402,9 @@ def _find_source(loaded: LoadedProfile, lookup: Lookup, sink: Sink) -> ModelSour
             )
             return None
         known = lookup.resolved if lookup.resolved is not None and lookup.resolved.holds_for(text, revision) else None
-        found = hub_source(text, revision, commit=known.commit if known else None, must_ask=lookup.must_ask)
-        same = known is not None and known.commit == found.commit
-        return replace(found, known_checkpoint=known.checkpoint) if known is not None and same else found
+        model_source = hub_source(text, revision, commit=known.commit if known else None, must_ask=lookup.must_ask)
+        same = known is not None and known.commit == model_source.commit
+        return replace(model_source, known_checkpoint=known.checkpoint) if known is not None and same else model_source
     except CheckpointError as error:
         sink.error(error.code, str(error), span, help=error.help)
         return None

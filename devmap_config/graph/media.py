@@ -47,5 +47,5 @@ def config_within(config: PretrainedConfig, names: tuple[str, ...]) -> Pretraine
     """Return the inner config of a tower, by the names of the configs around it; some configs nest one of their own
     kind.
     """
-    inner = next((found for name in names if hasattr(found := getattr(config, name, None), "to_dict")), None)
+    inner = next((inner for name in names if hasattr(inner := getattr(config, name, None), "to_dict")), None)
     return config if inner is None or type(inner) is type(config) else config_within(inner, names)

@@ -95,12 +95,15 @@ def match_names(
         )
     info = reports[0]
     wanted = model.state_dict()
-    reshaped = [TensorMismatch(name, _shown(found), _shown(expected)) for name, found, expected in info.mismatched_keys]
+    reshaped = [
+        TensorMismatch(name, _shown(stored_shape), _shown(expected))
+        for name, stored_shape, expected in info.mismatched_keys
+    ]
     unconverted = [TensorMismatch(name, "", "", _last_line(reason)) for name, reason in info.conversion_errors.items()]
     is_quantized = getattr(config, "quantization_config", None) is not None
     other_kinds = _of_quantized(checkpoint, shapes) if is_quantized else _of_other_kinds(checkpoint, wanted)
-    found = [*_gaps(checkpoint, model), *other_kinds, *unconverted, *reshaped]
-    mismatched = {mismatch.name: mismatch for mismatch in found}
+    mismatches = [*_gaps(checkpoint, model), *other_kinds, *unconverted, *reshaped]
+    mismatched = {mismatch.name: mismatch for mismatch in mismatches}
     missing = tuple(sorted(set(info.missing_keys) - mismatched.keys()))
     return CheckpointMatch(
         class_name=type(model).__name__,
@@ -116,12 +119,12 @@ def match_names(
 def _absent_modules(names: Iterable[str], missing: tuple[str, ...]) -> tuple[str, ...]:
     """Return the largest modules all of whose tensors are missing; a tensor of the root module counts by itself."""
     present = {module for name in set(names) - set(missing) for module in (name, *ancestors(name))}
-    found = {
+    absent = {
         next(path for path in (*reversed([*ancestors(name)]), name) if path not in present)
         for name in missing
         if "" in present
     }
-    return tuple(sorted(found))
+    return tuple(sorted(absent))
 
 
 def _empty(tensor: StoredTensor) -> torch.Tensor:
@@ -183,11 +186,11 @@ def _gaps(checkpoint: Checkpoint, model: PreTrainedModel) -> Iterator[TensorMism
         for match in filter(None, (pattern.search(name) for pattern in patterns)):
             start, end = match.span(1)
             numbers.setdefault(f"{name[:start]}*{name[end:]}", set()).add(int(match[1]))
-    for name, found in numbers.items():
-        absent = next(number for number in count() if number not in found)
-        if absent < max(found):
+    for name, indices in numbers.items():
+        absent = next(number for number in count() if number not in indices)
+        if absent < max(indices):
             yield TensorMismatch(
-                name.replace("*", str(absent)), "", "", f"is missing between others, up to {max(found)}"
+                name.replace("*", str(absent)), "", "", f"is missing between others, up to {max(indices)}"
             )
 
 

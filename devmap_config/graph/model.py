@@ -237,10 +237,10 @@ class ModelGraph:
                 return False
             # A list rather than a generator, so that every child is visited.
             holds = [visit(child) or self.is_no_split(child) for child in module.children]
-            found = any(holds) or (module.class_name in CONTAINER_CLASSES and bool(module.children))
-            if found:
+            holds_list = any(holds) or (module.class_name in CONTAINER_CLASSES and bool(module.children))
+            if holds_list:
                 composites.add(module.path)
-            return found
+            return holds_list
 
         visit(self.root)
         return frozenset(composites)

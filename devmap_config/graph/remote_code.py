@@ -25,8 +25,8 @@ def hub_kernel(config: Mapping[str, object]) -> str | None:
     for key, value in config.items():
         if key in ("attn_implementation", "_attn_implementation") and isinstance(value, str) and "/" in value:
             return value
-        if isinstance(value, Mapping) and (found := hub_kernel(value)) is not None:
-            return found
+        if isinstance(value, Mapping) and (repository := hub_kernel(value)) is not None:
+            return repository
     return None
 
 

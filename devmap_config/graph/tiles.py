@@ -59,12 +59,12 @@ def tiles_of_image(source: ModelSource, height: int, width: int, boundary: Bound
     settings = _settings(source, boundary)
     processor = getattr(transformers, f"{name}Pil", None) or getattr(transformers, name)
     try:
-        found = processor(**settings).get_number_of_image_patches(height, width, dict(told))
+        count = processor(**settings).get_number_of_image_patches(height, width, dict(told))
     except ImportError as error:
         raise UnknownTilesError(f"`{name}` needs a package (`pip install pillow`): {first_line(error)}") from error
     except Exception as error:  # invalid settings may raise anything
         raise UnknownTilesError(f"its processor's settings do not say: {first_line(error)}") from error
-    tiles = found[0] if isinstance(found, tuple) else found
+    tiles = count[0] if isinstance(count, tuple) else count
     return max(int(tiles), 1)
 
 
@@ -72,12 +72,12 @@ def _settings(source: ModelSource, boundary: Boundary) -> dict[str, Any]:
     """Return the settings that determine the number of tiles."""
     for name in FILES:
         values = _read(source, name, boundary)
-        found = values.get("image_processor") if name == FILES[0] and values is not None else values
-        if isinstance(found, dict):
+        section = values.get("image_processor") if name == FILES[0] and values is not None else values
+        if isinstance(section, dict):
             break
     else:
         raise UnknownTilesError(f"neither `{FILES[1]}` nor `{FILES[0]}` is beside its config")
-    settings = {name: found[name] for name in (*LARGEST_SETTINGS, *SWITCHES) if found.get(name) is not None}
+    settings = {name: section[name] for name in (*LARGEST_SETTINGS, *SWITCHES) if section.get(name) is not None}
     for name, value in settings.items():
         most = LARGEST_SETTINGS.get(name, 1)
         for number in value.values() if isinstance(value, dict) else (value,):

@@ -225,12 +225,12 @@ def _accelerator(device: Device, section: DeviceSection, sink: Sink) -> Accelera
     named = section.accelerator
     if named.value is None:
         return None
-    found, memory = load_catalogue().get(named.value), _as_memory(named.value)
+    accelerator, memory = load_catalogue().get(named.value), _as_memory(named.value)
     if not device.is_accelerator:
         given = {} if section.memory.is_written else {"memory": parse_bytes(memory or "64GiB")}
         described = device_text(section.changed(accelerator=None, **given))
         message, help = f"{device} is not an accelerator", f"write `{device}: {described}`"
-    elif found is None:
+    elif accelerator is None:
         meant = nearest(named.value)
         message = f"the catalogue has no accelerator `{named.value}`"
         if memory:
@@ -239,11 +239,11 @@ def _accelerator(device: Device, section: DeviceSection, sink: Sink) -> Accelera
             help = f"did you mean `{meant}`? `devmap hardware` lists them all"
         else:
             help = f"describe it: `{device}: {{memory: 12GiB, bandwidth: 650GB/s, flops: 110TFLOP/s}}`"
-    elif found.kind != device.kind:
-        message = f"a {found.name} is no {device.kind} device"
-        help = f"it is named `{nth_accelerator(found.kind, 0)}`"
+    elif accelerator.kind != device.kind:
+        message = f"a {accelerator.name} is no {device.kind} device"
+        help = f"it is named `{nth_accelerator(accelerator.kind, 0)}`"
     else:
-        return found
+        return accelerator
     sink.error("unknown-accelerator", message, named.span, help=help)
     return None
 

@@ -64,8 +64,8 @@ def _accelerators(part: str) -> list[tuple[str, dict[str, str]]]:
 
 def _accelerator(text: str) -> tuple[str, dict[str, str]]:
     """Return the kind of an accelerator, which is empty if it may be of any kind, and its description."""
-    if found := load_catalogue().get(text):
-        return found.kind, {"accelerator": found.name}
+    if accelerator := load_catalogue().get(text):
+        return accelerator.kind, {"accelerator": accelerator.name}
     try:
         return "", {"memory": _memory(text)}
     except UnknownMachineError:

@@ -51,27 +51,27 @@ class Private:
             ModuleNotFoundError: if the library is not installed.
         """
         try:
-            found = self._within(import_module(self.library))
+            value = self._within(import_module(self.library))
         except (AttributeError, ImportError):  # an inner module that has not been imported yet
-            found = self._imported()
+            value = self._imported()
         if self.takes:
-            self._check_parameters(found)
-        return found
+            self._check_parameters(value)
+        return value
 
     @cached_property
     def _within(self) -> attrgetter[Any]:
         return attrgetter(self.name.partition(".")[2])
 
     def _imported(self) -> Any:
-        found = import_module(self.library)
+        value = import_module(self.library)
         path = self.library
         for part in self.name.split(".")[1:]:
             path = f"{path}.{part}"
             try:
-                found = getattr(found, part) if hasattr(found, part) else import_module(path)
+                value = getattr(value, part) if hasattr(value, part) else import_module(path)
             except ImportError as error:
                 raise self.changed() from error
-        return found
+        return value
 
     def of(self, owner: Any) -> Any:
         """Return the value of this attribute for an instance.
@@ -88,8 +88,8 @@ class Private:
         """Return the error to raise if it has changed."""
         return LibraryChangedError(self.library, f"`{self.name}` {how}")
 
-    def _check_parameters(self, found: Any) -> None:
-        parameters = inspect.signature(found).parameters
+    def _check_parameters(self, value: Any) -> None:
+        parameters = inspect.signature(value).parameters
         if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()):
             return
         if missing := [name for name in self.takes if name not in parameters]:

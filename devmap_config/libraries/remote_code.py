@@ -73,5 +73,5 @@ def class_from_code(reference: str, location: str, revision: str | None) -> Any:
 
 def tokenizer_config(location: str, revision: str | None) -> dict[str, Any]:
     """Return the config of a tokenizer; empty if there is none, or it is invalid."""
-    found = TOKENIZER_CONFIG.find()(location, revision=revision)
-    return found if isinstance(found, dict) else {}
+    config = TOKENIZER_CONFIG.find()(location, revision=revision)
+    return config if isinstance(config, dict) else {}

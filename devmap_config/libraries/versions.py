@@ -25,8 +25,8 @@ def build(library: str) -> str | None:
 
 def installed(library: str) -> str | None:
     """Return the installed version of a library without its build; `None` if it is not installed."""
-    found = build(library)
-    return found and found.partition("+")[0]
+    version = build(library)
+    return version and version.partition("+")[0]
 
 
 def release(text: str) -> tuple[int, ...]:
@@ -54,15 +54,15 @@ def moved(library: str) -> str:
 
     The first is the nearest version that was tested: the newest that is no newer, else the oldest.
     """
-    found = installed(library)
-    if found is None or is_tried(library):
-        return f"{library} {found or ''}".rstrip()
-    older = [version for version in TRIED[library] if release(version) < release(found)]
-    return f"{library} {older[-1] if older else TRIED[library][0]} → {found}"
+    present = installed(library)
+    if present is None or is_tried(library):
+        return f"{library} {present or ''}".rstrip()
+    older = [version for version in TRIED[library] if release(version) < release(present)]
+    return f"{library} {older[-1] if older else TRIED[library][0]} → {present}"
 
 
 def never_tried(library: str) -> str:
     """Return a sentence that the installed version of a library was never tested."""
     tried, own = ", ".join(TRIED[library]), version("devmap-config")
-    found = f"{library} {installed(library)} was never tried with devmap-config {own} (tried: {tried})"
-    return f"{found}: install one of these if something is off"
+    sentence = f"{library} {installed(library)} was never tried with devmap-config {own} (tried: {tried})"
+    return f"{sentence}: install one of these if something is off"

@@ -67,8 +67,8 @@ def best_cut(costs: Sequence[Costs], allowed: Sequence[Mask], batches: int) -> C
             high = middle
         else:
             low = middle + 1
-    found = [least_total(costs, allowed, steps[place]) for place in (low, low - 1) if place >= 0]
-    return min((cut for cut in found if cut is not None), key=lambda cut: cut.objective(batches))
+    cuts = [least_total(costs, allowed, steps[place]) for place in (low, low - 1) if place >= 0]
+    return min((cut for cut in cuts if cut is not None), key=lambda cut: cut.objective(batches))
 
 
 def least_total(costs: Sequence[Costs], allowed: Sequence[Mask], most: int) -> Cut | None:

@@ -195,9 +195,9 @@ def _candidates(problem: PipelineProblem) -> tuple[list[PipelineCandidate], bool
 def _in_turn(several: Sequence[Iterator[tuple[Slot, ...]]]) -> Iterator[tuple[Slot, ...]]:
     """Yield the first item of each iterator, then the second of each, until all are exhausted."""
     while several:
-        found = [(iterator, next(iterator, None)) for iterator in several]
-        yield from (order for _, order in found if order is not None)
-        several = [iterator for iterator, order in found if order is not None]
+        heads = [(iterator, next(iterator, None)) for iterator in several]
+        yield from (order for _, order in heads if order is not None)
+        several = [iterator for iterator, order in heads if order is not None]
 
 
 def _widest(

@@ -102,16 +102,16 @@ class Runs:
         """Return the device of the run that each free block is in, by position."""
         free = free_positions(program)
         begin = 0
-        found: dict[int, Device] = {}
+        device_at: dict[int, Device] = {}
         for device, switches in zip(self.order, [*self.ends, None], strict=True):
             end = (
                 len(free)
                 if switches is None
                 else next(place for place, switch in enumerate(switches) if values[switch])
             )
-            found |= dict.fromkeys(free[begin:end], device)
+            device_at |= dict.fromkeys(free[begin:end], device)
             begin = end
-        return found
+        return device_at
 
 
 def in_runs(program: Program, order: tuple[Device, ...]) -> Runs:

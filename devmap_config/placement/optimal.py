@@ -79,8 +79,8 @@ def place_fastest(problem: Problem, aim: Aim, wished: ContextWish | None = None)
     if wished is not None:
         most = max(fastest.nanoseconds, bound + bound // NEARLY_AS_FAST)
         choice = preferred(stated.chain, most, stated.contexts(wished.least_context)) or choice
-    found = _optimal(stated, fastest.choice, bound)
-    return found if choice == fastest.choice else replace(_optimal(stated, choice, bound), fastest=found)
+    placed = _optimal(stated, fastest.choice, bound)
+    return placed if choice == fastest.choice else replace(_optimal(stated, choice, bound), fastest=placed)
 
 
 def _optimal(stated: Statement, choice: Choice, bound_nanoseconds: int) -> Optimal:
@@ -114,15 +114,15 @@ def place_longest_context(problem: Problem, aim: Aim) -> Optimal | None:
         return place_fastest(replace(problem, graph=graph), aim)
 
     fits, most = measurement.workload.context_length, measurement.positions.most
-    if most is not None and (found := placed_at(max(most, fits))) is not None:
-        return found
+    if most is not None and (placed := placed_at(max(most, fits))) is not None:
+        return placed
     best, too_long, longest = placed_at(fits), 2 * fits, most or LONGEST_CONTEXT
-    while too_long < longest and (found := placed_at(too_long)) is not None:
-        best, fits, too_long = found, too_long, 2 * too_long
+    while too_long < longest and (placed := placed_at(too_long)) is not None:
+        best, fits, too_long = placed, too_long, 2 * too_long
     while too_long - fits > 1:
         middle = (fits + too_long) // 2
-        if (found := placed_at(middle)) is not None:
-            best, fits = found, middle
+        if (placed := placed_at(middle)) is not None:
+            best, fits = placed, middle
         else:
             too_long = middle
     return best
@@ -157,10 +157,10 @@ def place_fewest_devices(problem: Problem, aim: Aim) -> Optimal | None:
         capacities = {device: size for device, size in problem.capacities.items() if device in chosen}
         if sum(capacities.values()) < least_bytes or not any(device.is_accelerator for device in capacities):
             continue
-        found = place_fastest(replace(problem, capacities=capacities), aim, wished)
-        if found is not None:
+        placed = place_fastest(replace(problem, capacities=capacities), aim, wished)
+        if placed is not None:
             fewest = sum(counts)
-            best = found if best is None or found.nanoseconds < best.nanoseconds else best
+            best = placed if best is None or placed.nanoseconds < best.nanoseconds else best
     return best or place_fastest(problem, aim, wished)
 
 
@@ -172,16 +172,16 @@ def _main_devices(problem: Problem, inventory: Inventory) -> list[Device]:
         return [CPU]
     pinned = {device for device in problem.pinned.values() if device.is_accelerator}
     devices = {device.id: device for device in inventory.devices}
-    found: list[Device] = []
+    main_devices: list[Device] = []
     kinds: list[object] = []
     for accelerator in problem.accelerators:
         kind = _kind(devices[accelerator])
         if pinned or kind not in kinds:
             kinds.append(kind)
-            found.append(accelerator)
+            main_devices.append(accelerator)
         if accelerator in pinned:
             break
-    return found
+    return main_devices
 
 
 def _kind(device: InventoryDevice) -> object:

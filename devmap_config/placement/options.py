@@ -218,21 +218,21 @@ class OptionBuilder:
         Of two nested modules of nearly the same weight, the inner one: the experts, without the router.
         """
         total_bytes = sum(tensor.size_bytes for tensor in module.tensors())
-        found: list[tuple[int, int, str]] = []
+        parts: list[tuple[int, int, str]] = []
         for part in module.walk():
             size_bytes = sum(tensor.size_bytes for tensor in part.tensors())
             is_pinned = any(tensor.name in self.problem.pinned for tensor in part.tensors())
             if is_pinned or self._must_offload(part) or part.path not in self._costs or size_bytes == total_bytes:
                 continue
             if size_bytes * SMALLEST_PART >= total_bytes:
-                found.append((-size_bytes, len(found), part.path[len(module.path) + 1 :]))
+                parts.append((-size_bytes, len(parts), part.path[len(module.path) + 1 :]))
         outer = {
             path
-            for size, _, path in found
-            for inner_size, _, inner in found
+            for size, _, path in parts
+            for inner_size, _, inner in parts
             if inner.startswith(f"{path}.") and inner_size * NEARLY_ALL[1] <= size * NEARLY_ALL[0]
         }
-        return [path for _, _, path in sorted(found) if path not in outer][:PARTS_CONSIDERED]
+        return [path for _, _, path in sorted(parts) if path not in outer][:PARTS_CONSIDERED]
 
     # Time and memory of every option
 

@@ -86,15 +86,15 @@ def _solved(chain: Chain, at_most: int, *, is_exact: bool) -> tuple[list[Choice]
 
 def _cut(program: Program, choice: Choice) -> list[Choice]:
     """Return choices with one run of blocks for each device that a choice uses, in a few orders of the devices."""
-    order, found = order_in(program, choice), []
+    order, choices = order_in(program, choice), []
     for devices in dict.fromkeys(
         (order, order[::-1], tuple(device for device in program.chain.devices if device in order))
     ):
         runs = in_runs(program, devices)
         values = runs.milp.minimize(program.objective, nodes=CUT_NODES).values
         if values is not None:
-            found.append(laid_out(program, values, runs))
-    return found
+            choices.append(laid_out(program, values, runs))
+    return choices
 
 
 def _within(chain: Chain, choice: Choice, at_most: int, *, is_exact: bool) -> list[Choice]:

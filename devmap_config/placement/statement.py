@@ -60,14 +60,14 @@ class Statement:
     def locations(self, choice: Choice) -> dict[TensorName, Location]:
         """Return the location of every tensor under a choice."""
         graph = self.problem.graph
-        found: dict[TensorName, Location] = {}
+        locations: dict[TensorName, Location] = {}
         for block, index in zip(self.chain.blocks[1:], choice[1:], strict=True):
             option = block.options[index]
             if block.name in graph.modules:
-                found |= self._builder.locations(graph.modules[ModulePath(block.name)], option.place)
+                locations |= self._builder.locations(graph.modules[ModulePath(block.name)], option.place)
             else:
-                found[graph.tensors[block.name].name] = Location(option.home, option.home)  # type: ignore[index]
-        return {name: found[name] for name in graph.tensors}
+                locations[graph.tensors[block.name].name] = Location(option.home, option.home)  # type: ignore[index]
+        return {name: locations[name] for name in graph.tensors}
 
     def offloaded_caches(self, choice: Choice) -> tuple[str, ...] | None:
         """Return the modules whose cache a choice offloads, in the order in which they run; `None` if the plan does
@@ -78,8 +78,8 @@ class Statement:
             return None
         chosen = [(block, block.options[index]) for block, index in zip(self.chain.blocks, choice, strict=True)]
         holding = ((graph.modules[ModulePath(block.name)], option) for block, option in chosen if option.offloads_cache)
-        found = {path for module, option in holding for path in self._builder.offloaded_caches(module, option)}
-        return tuple(cost.path for cost in graph.measurement.modules if cost.path in found)
+        offloaded = {path for module, option in holding for path in self._builder.offloaded_caches(module, option)}
+        return tuple(cost.path for cost in graph.measurement.modules if cost.path in offloaded)
 
     def contexts(self, least: int | None) -> Contexts | None:
         """Return the chain at other context lengths, with the times of this one; `None` if its cache does not grow.
@@ -148,13 +148,13 @@ class Statement:
     def _nanoseconds(self, crossing: Crossing) -> dict[tuple[Device, Device], int]:
         """Return the times of a crossing, by the devices of its maker and its reader."""
         devices = [*self._builder.accelerators, *([CPU] if CPU in self.problem.capacities else [])]
-        found: dict[tuple[Device, Device], int] = {}
+        by_devices: dict[tuple[Device, Device], int] = {}
         for pair in permutations(devices, 2):
             try:
-                found[pair] = sum(
+                by_devices[pair] = sum(
                     times * timing.crossing_nanoseconds(crossing, *pair) for timing, times in self._builder.timings
                 )
             except MissingFigureError:
                 if all(device.is_accelerator for device in pair):
                     raise
-        return found
+        return by_devices

@@ -125,12 +125,12 @@ def _with_pins(problem: Problem, devices: Placement, budgets: Budgets | None = N
 
 def _like_transformers(problem: Problem, strategy: str, max_memory: Mapping[Device, int]) -> Placed | Infeasible:
     """Return transformers' plan for these budgets, without regard to what is needed besides weights."""
-    found = plan_like_transformers(replace(problem, capacities=max_memory), _as_transformers(strategy))
+    planned = plan_like_transformers(replace(problem, capacities=max_memory), _as_transformers(strategy))
     if OVERFLOW not in max_memory:
-        unplaced = tuple(name for name, device in found.devices.items() if device == OVERFLOW)
+        unplaced = tuple(name for name, device in planned.devices.items() if device == OVERFLOW)
         if unplaced:
-            return _overflow(problem, found.devices, unplaced)
-    return _with_pins(problem, found.devices, Budgets(max_memory=max_memory, is_mended=found.is_mended))
+            return _overflow(problem, planned.devices, unplaced)
+    return _with_pins(problem, planned.devices, Budgets(max_memory=max_memory, is_mended=planned.is_mended))
 
 
 MOST_ROUNDS = 24
@@ -193,16 +193,16 @@ def _optimal(problem: Problem, strategy: str, aim: Aim) -> Placed | Infeasible:
         }
         problem = replace(problem, capacities=offered)
     if strategy == "fastest":
-        found = optimal.place_fastest(problem, aim, optimal.ContextWish(_context_of_sequential(problem)))
+        placed = optimal.place_fastest(problem, aim, optimal.ContextWish(_context_of_sequential(problem)))
     elif strategy == "longest-context":
-        found = optimal.place_longest_context(problem, aim)
+        placed = optimal.place_longest_context(problem, aim)
     else:
-        found = optimal.place_fewest_devices(problem, aim)
-    if found is not None:
+        placed = optimal.place_fewest_devices(problem, aim)
+    if placed is not None:
         if strategy != "fastest":
-            return _placed(found)
-        fastest = None if found.fastest is None else _placed(found.fastest)
-        return replace(_placed(found), bound_nanoseconds=found.bound_nanoseconds, fastest=fastest)
+            return _placed(placed)
+        fastest = None if placed.fastest is None else _placed(placed.fastest)
+        return replace(_placed(placed), bound_nanoseconds=placed.bound_nanoseconds, fastest=fastest)
     room = sum(problem.capacities.values())
     return Infeasible((Shortage(device=None, needed_bytes=sum(least_bytes(problem).values()), capacity_bytes=room),))
 
@@ -224,8 +224,12 @@ def least_bytes(problem: Problem) -> dict[str, int]:
     return {"weights": graph.size_bytes, "cache": measurement.cache_bytes, "activations": activation_bytes}
 
 
-def _placed(found: Optimal) -> Placed:
-    return Placed(placement=found.placement, compute=found.compute, offloaded_caches=found.offloaded_caches)
+def _placed(optimal_placement: Optimal) -> Placed:
+    return Placed(
+        placement=optimal_placement.placement,
+        compute=optimal_placement.compute,
+        offloaded_caches=optimal_placement.offloaded_caches,
+    )
 
 
 def _context_of_sequential(problem: Problem) -> int | None:

@@ -63,9 +63,9 @@ def plan_like_transformers(problem: Problem, strategy: TransformersStrategy) -> 
     if problem.quantizer_lowers_budgets:
         budgets = {device: int(budget * QUANTIZER_SHARE) for device, budget in budgets.items()}
     filling = _Filling(problem, remaining, sizes, budgets)
-    found, is_completed = _complete(problem, remaining, filling.run())
+    devices, is_completed = _complete(problem, remaining, filling.run())
     crashes = filling.crashes or (strategy != "sequential" and _lacks_named_blocks(problem.graph))
-    return TransformersPlacement(found, is_mended=is_completed or crashes)
+    return TransformersPlacement(devices, is_mended=is_completed or crashes)
 
 
 def _lacks_named_blocks(graph: ModelGraph) -> bool:

@@ -67,9 +67,9 @@ def savings(plan: Plan, graph: ModelGraph, inventory: Inventory, phase: Phase) -
         "the disk": _with_links(inventory, lambda pair: DISK in pair),
     }
     times = ((what, getattr(predict(plan, graph, other), OWN[phase])) for what, other in faster.items())
-    found = [Saving(what=what, nanoseconds=time) for what, time in times if time is not None]
+    savings = [Saving(what=what, nanoseconds=time) for what, time in times if time is not None]
     return tuple(
-        sorted((saving for saving in found if saving.nanoseconds < 0.99 * now), key=lambda saving: saving.nanoseconds)
+        sorted((saving for saving in savings if saving.nanoseconds < 0.99 * now), key=lambda saving: saving.nanoseconds)
     )
 
 
@@ -116,7 +116,7 @@ def alternatives(plan: Plan, graph: ModelGraph, inventory: Inventory, block: str
                 places.append(streamed)
             if device == CPU and plan.main_device.is_accelerator:
                 places.append(ON_CPU)
-    found = []
+    alternatives = []
     for location in places:
         if now == {location}:
             continue
@@ -124,8 +124,8 @@ def alternatives(plan: Plan, graph: ModelGraph, inventory: Inventory, block: str
         moved = replace(
             plan, assignments=assignments, devices=device_uses(graph, assignments, capacities, plan.executor)
         )
-        found.append(_compared(plan, moved, location, graph, inventory))
-    return tuple(found)
+        alternatives.append(_compared(plan, moved, location, graph, inventory))
+    return tuple(alternatives)
 
 
 def other_cache(plan: Plan, graph: ModelGraph, inventory: Inventory, block: str) -> Alternative | None:

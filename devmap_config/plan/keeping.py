@@ -54,13 +54,13 @@ def prefer_locked_plan(plan: Plan, lock: Lock, prepared: Prepared) -> Plan:
         whole = _PlanKeeping(plan, prepared, earlier, kept_caches)
         if whole.keep(tuple(earlier)):
             return whole.best
-    found = []
+    better = []
     for order in (1, -1):
         search = _PlanKeeping(plan, prepared, earlier, plan.offloaded_caches)
         for moved in _moved_together(prepared.graph, earlier, _homes(plan))[::order]:
             search.keep_most(moved[::order])
-        found.append(search)
-    return min(found, key=_PlanKeeping.distance).best
+        better.append(search)
+    return min(better, key=_PlanKeeping.distance).best
 
 
 def _homes(plan: Plan) -> Homes:

@@ -38,16 +38,16 @@ class TimeBasis:
 
 def time_bases(plan: Plan, graph: ModelGraph, inventory: Inventory) -> dict[Phase, TimeBasis]:
     """Return the basis of the time of each phase that a plan predicts."""
-    found: dict[Phase, TimeBasis] = {}
+    bases: dict[Phase, TimeBasis] = {}
     for phase, name in OWN.items():
         if (nanoseconds := getattr(plan.prediction, name)) is None:
             continue
         if plan.pipeline is not None:
-            found[phase] = TimeBasis(rates=_basis_of_stages(plan.pipeline, inventory))  # no runs of vLLM were observed
+            bases[phase] = TimeBasis(rates=_basis_of_stages(plan.pipeline, inventory))  # no runs of vLLM were observed
         else:
             basis = rates_basis(graph, inventory, phase, plan)
-            found[phase] = _basis(basis, nanoseconds, _spread(basis, phase, plan, inventory))
-    return found
+            bases[phase] = _basis(basis, nanoseconds, _spread(basis, phase, plan, inventory))
+    return bases
 
 
 def rates_basis(graph: ModelGraph, inventory: Inventory, phase: Phase, *plans: Plan) -> Basis:
@@ -65,16 +65,16 @@ def missing_figures(plan: Plan, graph: ModelGraph, inventory: Inventory) -> dict
 
     Nothing is returned for a model without a measurement and for a plan for vLLM, neither of which lacks a figure.
     """
-    found: dict[Phase, tuple[MissingFigureError, ...]] = {}
+    missing_by_phase: dict[Phase, tuple[MissingFigureError, ...]] = {}
     if plan.pipeline is not None or graph.measurement is None or not graph.measurement.measured:
-        return found
+        return missing_by_phase
     for phase in phases_of(graph):
         timing = Timing(graph, inventory, phase, plan.executor, plan.main_device)
         segments = forward_segments(timing, plan.locations)
         errors = (error for segment in segments for error in timing.rates.missing(segment))
         if figures := {(error.figure, error.device): error for error in errors}:
-            found[phase] = tuple(figures.values())
-    return found
+            missing_by_phase[phase] = tuple(figures.values())
+    return missing_by_phase
 
 
 def figures_in_words(missing: Iterable[MissingFigureError]) -> tuple[str, ...]:

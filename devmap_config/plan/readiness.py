@@ -81,15 +81,15 @@ def differences(
     checkpoint without being written again.
     """
     wanted = demands(lock, seen)
-    found = [*_missing(lock, seen, wanted)]
-    if not found:
-        found += _other_cards(lock, seen)
+    findings = [*_missing(lock, seen, wanted)]
+    if not findings:
+        findings += _other_cards(lock, seen)
     for demand in wanted:
         if demand.device == DISK:
-            found += _disk(demand, may_be_read_in_place=disk_may_be_read_in_place)
+            findings += _disk(demand, may_be_read_in_place=disk_may_be_read_in_place)
         else:
-            found += _memory(demand)
-    return tuple(replace(finding, span=span) for finding in found)
+            findings += _memory(demand)
+    return tuple(replace(finding, span=span) for finding in findings)
 
 
 def _needs(lock: Lock) -> dict[Device, int]:

@@ -188,8 +188,8 @@ def broken_promises(plan: Plan, prepared: Prepared) -> list[str]:
 
         return broken_stages(plan, prepared)
     resolution = prepared.resolution
-    found = verify(plan, prepared.graph, prepared.capacities, resolution.forbidden)
-    broken = [violation.message for violation in found if violation.kind != "split-block"]
+    violations = verify(plan, prepared.graph, prepared.capacities, resolution.forbidden)
+    broken = [violation.message for violation in violations if violation.kind != "split-block"]
     broken += filter(None, [lacks_room_for_draft(plan)])
     for name, decision in resolution.decisions.items():
         location, text = plan.locations.get(name), decision.rule.text

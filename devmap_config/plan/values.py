@@ -65,7 +65,7 @@ def folded_devices(ids: Iterable[str]) -> tuple[str, ...]:
         >>> folded_devices(["node-1/cuda:0", "node-1/cuda:1"])
         ('node-1/cuda:[0-1]',)
     """
-    paths = [re.sub(r"[:-]", lambda found: {":": ".", "-": ".-."}[found.group()], device) for device in ids]
+    paths = [re.sub(r"[:-]", lambda match: {":": ".", "-": ".-."}[match.group()], device) for device in ids]
     return tuple(path.replace(".-.", "-").replace(".", ":") for path in fold_paths(paths, with_steps=False))
 
 

@@ -57,8 +57,8 @@ def verify(
     Returns:
         A violation for each mistake; none for a plan that loads, fits and keeps together what belongs together.
     """
-    found = [violation for check in CHECKS for violation in check(plan, graph)]
-    return (*found, *_capacity(plan, graph, capacities), *_prohibitions(plan, forbidden or {}))
+    violations = [violation for check in CHECKS for violation in check(plan, graph)]
+    return (*violations, *_capacity(plan, graph, capacities), *_prohibitions(plan, forbidden or {}))
 
 
 def _stored_on(plan: Plan) -> dict[str, Device]:
@@ -122,8 +122,8 @@ def _readability(plan: Plan, graph: ModelGraph) -> Iterator[Violation]:
     expression = compile_keys(devices)
     expected = _stored_on(plan)
     for name in graph.tensors:
-        found = expression.match(name)
-        read = devices.get(found.group()) if found else devices.get("", CPU)
+        match = expression.match(name)
+        read = devices.get(match.group()) if match else devices.get("", CPU)
         if name in expected and read != expected[name]:
             yield Violation(
                 kind="misread-map",
@@ -194,11 +194,11 @@ def stranded_tensors(plan: Plan, graph: ModelGraph) -> dict[str, str]:
     a map names, and to those below them. A tensor that a map names by itself stays on the device that it is loaded to,
     and one on disk is not even loaded. Tensors of the model itself are moved to its device once, if they are loaded.
     """
-    found = {}
+    reasons = {}
     for assignment in plan.assignments:
         if assignment.unit in plan.computed_on_cpu:
             if assignment.unit in assignment.tensors:
-                found[assignment.unit] = "is a tensor, and only a module computes on the CPU"
+                reasons[assignment.unit] = "is a tensor, and only a module computes on the CPU"
             continue
         runs_on = assignment.location.runs_on
         if assignment.location.stored_on.is_accelerator or assignment.location == ON_CPU:
@@ -206,13 +206,13 @@ def stranded_tensors(plan: Plan, graph: ModelGraph) -> dict[str, str]:
         for name in assignment.tensors:
             home = plan.executor.residence(graph.tensors[name], assignment.location)
             if home == DISK and name in graph.computed:
-                found[str(name)] = "is in no file of the checkpoint, since transformers computes it"
+                reasons[str(name)] = "is in no file of the checkpoint, since transformers computes it"
             elif assignment.unit == name:
                 if home != runs_on or (home != CPU and "." in name):
-                    found[str(name)] = "is placed apart from its module"
+                    reasons[str(name)] = "is placed apart from its module"
             elif home != runs_on and _class_around(name, graph) in USED_BY_THEIR_PARENT:
-                found[str(name)] = "is used without its module being called"
-    return found
+                reasons[str(name)] = "is used without its module being called"
+    return reasons
 
 
 def _class_around(name: TensorName, graph: ModelGraph) -> str:

@@ -32,15 +32,15 @@ def limiting_groups(root: Path = Path("/")) -> tuple[GroupMemory, ...]:
     """Return every group with a limit, from this process's outwards; empty if the machine has no control groups."""
     groups = kernel_text(root / "proc/self/cgroup").splitlines()
     mounts = kernel_text(root / "proc/self/mountinfo").splitlines()
-    found = [_version_2(folder) for folder in _folders(root, groups, mounts, "")]
-    found += [_version_1(folder) for folder in _folders(root, groups, mounts, "memory")]
-    return tuple(group for group in found if group is not None)
+    limits = [_version_2(folder) for folder in _folders(root, groups, mounts, "")]
+    limits += [_version_1(folder) for folder in _folders(root, groups, mounts, "memory")]
+    return tuple(group for group in limits if group is not None)
 
 
 def _folders(root: Path, groups: list[str], mounts: list[str], controller: str) -> Iterator[Path]:
     """Yield the folders of a controller's groups; those of version 2 have no controller's name."""
     within = next((path for names, path in map(_group, groups) if controller in names), None)
-    mount = next((found for line in mounts if (found := _mount(line, controller))), None)
+    mount = next((mount for line in mounts if (mount := _mount(line, controller))), None)
     if within is None or mount is None:
         return
     mounted_group, mount_point = mount

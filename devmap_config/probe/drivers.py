@@ -35,10 +35,10 @@ def kinds_with_a_driver(root: Path = Path("/")) -> frozenset[str]:
         return frozenset({"mps"} if platform.machine() == "arm64" else ())
     if os.name == "nt" or (root / WINDOWS_BELOW).exists():
         return frozenset({"cuda", "hip", "xpu"})
-    found = {kind for kind, files in DRIVER_FILES.items() if any((root / file).exists() for file in files)}
+    kinds = {kind for kind, files in DRIVER_FILES.items() if any((root / file).exists() for file in files)}
     if any((root / "dev/dri").glob("renderD*")):  # true of nearly every machine with a screen
-        found.add("xpu")
-    return frozenset(found)
+        kinds.add("xpu")
+    return frozenset(kinds)
 
 
 def kinds_torch_is_built_for() -> frozenset[str]:

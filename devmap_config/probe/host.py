@@ -58,4 +58,4 @@ def own_addresses() -> frozenset[str]:
     """Return the addresses of this machine's network interfaces."""
     import psutil
 
-    return frozenset(address.address for found in psutil.net_if_addrs().values() for address in found)
+    return frozenset(address.address for addresses in psutil.net_if_addrs().values() for address in addresses)

@@ -112,8 +112,8 @@ def measured(
     for step in planned:
         begun(step)
         try:
-            found = zip(step.routes, step.measure(), strict=True)
-            rates.update({route: rate for route, rate in found if rate is not None})
+            measured_rates = zip(step.routes, step.measure(), strict=True)
+            rates.update({route: rate for route, rate in measured_rates if rate is not None})
         except (NotMeasuredError, RuntimeError) as error:  # torch raises for too little memory, or a missing kernel
             failures[step.words] = next(iter(str(error).splitlines()), type(error).__name__)
     if TOGETHER in rates and not _is_more_than_one_link(rates[TOGETHER], rates.get(HOST)):

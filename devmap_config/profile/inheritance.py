@@ -117,5 +117,5 @@ def _moved_to(path: Path) -> str:
     folder = path.parent if path.parent.is_dir() else path.parent.parent
     if not folder.is_dir():
         return ""
-    found = sorted(candidate for candidate in (*folder.glob(path.name), *folder.glob(f"*/{path.name}")))
-    return f"; a file of that name is at `{found[0]}`" if found else ""
+    matches = sorted(candidate for candidate in (*folder.glob(path.name), *folder.glob(f"*/{path.name}")))
+    return f"; a file of that name is at `{matches[0]}`" if matches else ""

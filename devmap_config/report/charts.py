@@ -146,10 +146,10 @@ def _live(device: str, steps: Sequence[Mapping[str, Any]]) -> Iterator[int]:
 def waits_of(waits: Mapping[str, Sequence[Mapping[str, Any]]], plan: Mapping[str, Any]) -> tuple[PhaseWaits, ...]:
     """Return what each phase waits for."""
     figures = {"decode": "decode_nanoseconds_per_token", "prefill": "prefill_nanoseconds"}
-    found = []
+    charts = []
     for phase, savings in waits.items():
         now = plan["prediction"][figures[phase]]
-        found.append(
+        charts.append(
             PhaseWaits(
                 name=phase,
                 time=format_duration(now),
@@ -164,7 +164,7 @@ def waits_of(waits: Mapping[str, Sequence[Mapping[str, Any]]], plan: Mapping[str
                 ),
             )
         )
-    return tuple(found)
+    return tuple(charts)
 
 
 MEMORY = {"running": "memory while it runs", "weights": "weights", "cache": "cache", "loading": "memory while loading"}

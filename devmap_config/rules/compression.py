@@ -31,8 +31,8 @@ def compress(graph: ModelGraph, homes: Mapping[TensorName, Device]) -> dict[str,
     search = _RuleCompression(homes)
     if len(search.devices(graph.root)) == 1:
         return {"": next(iter(search.devices(graph.root)))}
-    found = search.below(graph.root, None)
-    return {_pattern(segments): device for segments, device in found}
+    fewest = search.below(graph.root, None)
+    return {_pattern(segments): device for segments, device in fewest}
 
 
 def _pattern(segments: tuple[Segment, ...]) -> str:

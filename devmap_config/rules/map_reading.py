@@ -53,8 +53,8 @@ def read_as_transformers(keys: Collection[str], graph: ModelGraph) -> MapReading
     taken_by: dict[TensorName, str] = {}
     misread: dict[str, str] = {}
     for name in graph.tensors:
-        found = names.match(name)
-        key = found.group() if found else ""
+        match = names.match(name)
+        key = match.group() if match else ""
         before = rank.get(key, len(order))
         fatal += [other for other in expressions.matching(name) if rank[other] < before]
         if key in keys:

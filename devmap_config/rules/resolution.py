@@ -64,21 +64,23 @@ def resolve(rules: tuple[Rule, ...], graph: ModelGraph, source: str, sink: Sink)
         The decision for each tensor, and the groups that stay together.
     """
     matches = _matched(rules, graph, sink)
-    for rule, found in matches:
-        _check_match(rule, found, graph, source, sink)
+    for rule, matched in matches:
+        _check_match(rule, matched, graph, source, sink)
     decisions: dict[TensorName, Decision] = {}
     conflicting: set[int] = set()
     for origin in ("device_map", "pin"):  # pins are laid over the map
-        of_origin = [(rule, found) for rule, found in matches if rule.origin == origin]
+        of_origin = [(rule, matched) for rule, matched in matches if rule.origin == origin]
         decided, in_conflict = _decide(of_origin, graph, sink)
         decisions |= decided
         conflicting |= in_conflict
-    tensors = {text: _tensors_of(found, graph) for text, found in {rule.text: found for rule, found in matches}.items()}
-    _warn_shadowed([match for match in matches if id(match[0]) not in conflicting], decisions, tensors, sink)
+    tensors = {
+        text: _tensors_of(matched, graph) for text, matched in {rule.text: matched for rule, matched in matches}.items()
+    }
+    _warn_shadowed([matched for matched in matches if id(matched[0]) not in conflicting], decisions, tensors, sink)
     new_by_text = {rule.text: rule for rule, _ in matches if rule.origin == "allow_new"}
     return Resolution(
         decisions=decisions,
-        groups=tuple((rule, tensors[rule.text]) for rule, found in matches if rule.keep_together and found.names),
+        groups=tuple((rule, tensors[rule.text]) for rule, matched in matches if rule.keep_together and matched.names),
         forbidden=_forbidden(matches, tensors),
         new={name: rule for text, rule in new_by_text.items() for name in tensors[text]},
         matches=tuple(matches),
@@ -87,15 +89,15 @@ def resolve(rules: tuple[Rule, ...], graph: ModelGraph, source: str, sink: Sink)
 
 def _matched(rules: tuple[Rule, ...], graph: ModelGraph, sink: Sink) -> list[tuple[Rule, Match]]:
     """Match each rule's pattern to the model, each pattern once."""
-    found: dict[str, Match] = {}
+    by_text: dict[str, Match] = {}
     matches: list[tuple[Rule, Match]] = []
     steps = 0
     for rule in rules:
         try:
-            if rule.text not in found:
-                found[rule.text] = match(rule.pattern, graph)
-                steps += found[rule.text].steps
-            matches.append((rule, found[rule.text]))
+            if rule.text not in by_text:
+                by_text[rule.text] = match(rule.pattern, graph)
+                steps += by_text[rule.text].steps
+            matches.append((rule, by_text[rule.text]))
         except PatternError as error:
             sink.error("bad-pattern", f"`{rule.text}` is not a pattern: {error.message}", rule.span, help=error.help)
         if steps > MAX_STEPS:
@@ -105,11 +107,11 @@ def _matched(rules: tuple[Rule, ...], graph: ModelGraph, sink: Sink) -> list[tup
     return matches
 
 
-def _check_match(rule: Rule, found: Match, graph: ModelGraph, source: str, sink: Sink) -> None:
+def _check_match(rule: Rule, matched: Match, graph: ModelGraph, source: str, sink: Sink) -> None:
     if rule.optional:
         return
-    if not found.names and not found.beyond:
-        suggestion = nearest_to(rule.pattern, found.failure, graph)
+    if not matched.names and not matched.beyond:
+        suggestion = nearest_to(rule.pattern, matched.failure, graph)
         sink.error(
             "unmatched-pattern",
             f"`{rule.text}` matches no module of {graph.class_name}",
@@ -117,14 +119,14 @@ def _check_match(rule: Rule, found: Match, graph: ModelGraph, source: str, sink:
             label=suggestion.label,
             help=suggestion.help or tree_command(source, suggestion.pattern),
         )
-    for start, end in found.dead[:1]:
+    for start, end in matched.dead[:1]:
         sink.error(
             "unmatched-pattern",
             f"`{rule.text[start:end]}` of `{rule.text}` matches no module of {graph.class_name}",
             rule.source.span_within(start, end),
             help=f"correct it, or leave it out; {tree_command(source, '**')} shows all there is",
         )
-    for beyond in found.beyond[:1]:
+    for beyond in matched.beyond[:1]:
         last = beyond.existing[-1]
         where = f"`{beyond.parent}`" if beyond.parent else graph.class_name
         sink.error(
@@ -147,10 +149,10 @@ def _decide(
 ) -> tuple[dict[TensorName, Decision], set[int]]:
     """Return the decisions of rules of one origin, and the ids of rules that conflict."""
     at: dict[str, list[Decision]] = {}
-    for rule, found in matches:
+    for rule, matched in matches:
         if (device := rule.device or rule.compute) is not None:
             decision = Decision(device, rule.compute, rule)
-            for name in found.names:
+            for name in matched.names:
                 at.setdefault(name, []).append(decision)
     reported: set[tuple[int, int]] = set()
     decisions: dict[TensorName, Decision] = {}
@@ -212,9 +214,9 @@ def _warn_shadowed(
     sink: Sink,
 ) -> None:
     winners = {id(decision.rule) for decision in decisions.values()}
-    for rule, found in matches:
+    for rule, matched in matches:
         says_more = rule.not_on or rule.keep_together or (rule.device is None and rule.compute is None)
-        if id(rule) in winners or says_more or not found.names:
+        if id(rule) in winners or says_more or not matched.names:
             continue
         if not tensors[rule.text]:
             sink.warning(
@@ -238,9 +240,9 @@ def _warn_shadowed(
         )
 
 
-def _tensors_of(found: Match, graph: ModelGraph) -> tuple[TensorName, ...]:
+def _tensors_of(matched: Match, graph: ModelGraph) -> tuple[TensorName, ...]:
     names: dict[TensorName, None] = {}
-    for name in found.names:
+    for name in matched.names:
         if name in graph.modules:
             names |= dict.fromkeys(tensor.name for tensor in graph.modules[name].tensors())  # type: ignore[index]
         else:

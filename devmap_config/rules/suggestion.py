@@ -138,9 +138,9 @@ def _with_prefix(path: tuple[FlatSegment, ...], graph: ModelGraph) -> Suggestion
         if not names:
             continue
         ending = ".".join(names)
-        found = [str(module) for module in graph.modules if module == ending or module.endswith("." + ending)]
-        if found:
-            shortest = min(found, key=len)
+        paths = [str(module) for module in graph.modules if module == ending or module.endswith("." + ending)]
+        if paths:
+            shortest = min(paths, key=len)
             rest = skipped + len(names) < len(path)
             return Suggestion(
                 label=f"nearest: {described(shortest, graph)}", pattern=_joined(shortest, "*") if rest else shortest

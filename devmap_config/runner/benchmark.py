@@ -204,15 +204,15 @@ def run_benchmark(jobs: tuple[Job, ...], *, rounds: int, begun: Callable[[str], 
     for number, order in enumerate(turns(tuple(by_loader), rounds), start=1):
         for loader in order:
             begun(f"round {number} of {rounds}: {loader}")
-            found = results[loader]
-            if found.failure is None:
-                results[loader] = _with(found, run_in_process(by_loader[loader]))
+            result = results[loader]
+            if result.failure is None:
+                results[loader] = _with(result, run_in_process(by_loader[loader]))
     return Benchmark(
         generation=jobs[0].generation, max_memory=jobs[0].max_memory, rounds=rounds, results=tuple(results.values())
     )
 
 
-def _with(found: Measured, outcome: Sample | SampleFailure) -> Measured:
+def _with(before: Measured, outcome: Sample | SampleFailure) -> Measured:
     if isinstance(outcome, SampleFailure):
-        return replace(found, failure=outcome)
-    return replace(found, samples=(*found.samples, outcome))
+        return replace(before, failure=outcome)
+    return replace(before, samples=(*before.samples, outcome))

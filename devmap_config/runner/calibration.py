@@ -102,7 +102,7 @@ class Calibration:
         """By phase, the spread of runs relative to the prediction by rates that were fitted to the others, if it is
         known.
         """
-        found: dict[str, Spread] = {}
+        spreads: dict[str, Spread] = {}
         for phase in OWN:
             shares = [
                 100 * residual.run.measured_nanoseconds / residual.left_out_nanoseconds
@@ -110,8 +110,8 @@ class Calibration:
                 if residual.run.phase == phase and residual.left_out_nanoseconds
             ]
             if len(shares) >= FEWEST_RECEIPTS:
-                found[phase] = Spread(max(math.floor(min(shares)), 1), math.ceil(max(shares)))
-        return found
+                spreads[phase] = Spread(max(math.floor(min(shares)), 1), math.ceil(max(shares)))
+        return spreads
 
 
 def read_receipt(path: Path) -> Receipt:

@@ -159,7 +159,7 @@ def _passed(
         **workload.cache,
     )
     held = dict(generated)  # transformers' class warns of deprecated names
-    cache = next((found for name in CACHE_NAMES if (found := held.get(name)) is not None), None)
+    cache = next((cache for name in CACHE_NAMES if (cache := held.get(name)) is not None), None)
     return [after - before for before, after in pairwise(clock.seconds)], cache
 
 

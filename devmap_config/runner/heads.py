@@ -48,15 +48,15 @@ def _labels(model: PreTrainedModel, forward: Any, _inputs: ModelInputs) -> Outpu
 
 def _ranked(scores: torch.Tensor, named: Callable[[int], str], key: str) -> Output:
     best = scores.topk(min(MOST_LABELS, scores.numel()))
-    found = [
+    ranked = [
         {key: named(index), "score": score}
         for score, index in zip(best.values.tolist(), best.indices.tolist(), strict=True)
     ]
-    return Output(_lines(found, key), found)
+    return Output(_lines(ranked, key), ranked)
 
 
-def _lines(found: Iterable[Mapping[str, Any]], key: str) -> str:
-    return "\n".join(f"{label['score']:.4f}  {label[key]}" for label in found)
+def _lines(labels: Iterable[Mapping[str, Any]], key: str) -> str:
+    return "\n".join(f"{label['score']:.4f}  {label[key]}" for label in labels)
 
 
 def _label(model: PreTrainedModel, index: int) -> str:
@@ -66,30 +66,32 @@ def _label(model: PreTrainedModel, index: int) -> str:
 def _entities(model: PreTrainedModel, forward: Any, inputs: ModelInputs) -> Output:
     """Return the parts of the text with a label other than `O`; neighbours with the same label are joined."""
     scores = forward.logits[0].float().softmax(-1).max(-1)
-    found: list[dict[str, Any]] = []
+    entities: list[dict[str, Any]] = []
     for index, (score, best) in enumerate(zip(scores.values.tolist(), scores.indices.tolist(), strict=True)):
         label, span = _label(model, best), inputs.encoding.token_to_chars(index)
         if label == "O" or span is None or span.start == span.end:
             continue
         begins, kind = label.startswith("B-"), label.removeprefix("B-").removeprefix("I-")
-        last = found[-1] if found else None
+        last = entities[-1] if entities else None
         if last is not None and last["token"] == index - 1 and last["label"] == kind and not begins:
             last |= {"token": index, "end": span.end, "score": min(last["score"], score)}
         else:
-            found.append({"token": index, "label": kind, "start": span.start, "end": span.end, "score": score})
-    for entity in found:
+            entities.append({"token": index, "label": kind, "start": span.start, "end": span.end, "score": score})
+    for entity in entities:
         del entity["token"]
         entity["text"] = inputs.text[entity["start"] : entity["end"]]
-    lines = [f"{entity['score']:.4f}  {entity['label']}  {entity['text']}" for entity in found]
-    return Output("\n".join(lines) or "no part of the text has a label", found)
+    lines = [f"{entity['score']:.4f}  {entity['label']}  {entity['text']}" for entity in entities]
+    return Output("\n".join(lines) or "no part of the text has a label", entities)
 
 
 def _words(_model: PreTrainedModel, forward: Any, inputs: ModelInputs) -> Output:
     """Return the likeliest words for each mask, in order."""
     masks = (inputs.tensors["input_ids"][0] == inputs.tokenizer.mask_token_id).nonzero()[:, 0].tolist()
     scores = forward.logits[0].float().softmax(-1)
-    found = [_ranked(scores[mask], lambda index: inputs.tokenizer.decode([index]).strip(), "word") for mask in masks]
-    return Output("\n\n".join(words.text for words in found), [words.value for words in found])
+    masks_filled = [
+        _ranked(scores[mask], lambda index: inputs.tokenizer.decode([index]).strip(), "word") for mask in masks
+    ]
+    return Output("\n\n".join(words.text for words in masks_filled), [words.value for words in masks_filled])
 
 
 def _answer(_model: PreTrainedModel, forward: Any, inputs: ModelInputs) -> Output:

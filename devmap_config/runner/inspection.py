@@ -67,20 +67,20 @@ def misplaced_tensors(
     wrong: list[Misplaced] = []
     for name, expected in planned.items():
         module = name.rpartition(".")[0]
-        found = tensor_home(model, name)
-        is_renamed = found is None and is_quantized and module in companions
-        if found != expected and not is_renamed:
-            wrong.append(Misplaced(name, str(expected), "missing" if found is None else str(found)))
+        home = tensor_home(model, name)
+        is_renamed = home is None and is_quantized and module in companions
+        if home != expected and not is_renamed:
+            wrong.append(Misplaced(name, str(expected), "missing" if home is None else str(home)))
     locations: dict[str, set[Location]] = {}
     for name, location in plan.locations.items() if is_quantized else ():
         locations.setdefault(name.rpartition(".")[0], set()).add(location)
     for name in added:
-        found = tensor_home(model, name)
+        home = tensor_home(model, name)
         described = _described(model, name)
         around = locations.get(name.rpartition(".")[0], ())
         expected_here = {plan.executor.residence(described, location) for location in around}
-        if found not in expected_here:
-            wrong.append(Misplaced(name, " or ".join(map(str, sorted(expected_here))) or "nowhere", str(found)))
+        if home not in expected_here:
+            wrong.append(Misplaced(name, " or ".join(map(str, sorted(expected_here))) or "nowhere", str(home)))
     return tuple(wrong)
 
 
@@ -118,7 +118,7 @@ def misread_by_quantizer(plan: Plan, graph: ModelGraph) -> tuple[str, ...]:
 
 def unquantized_tensors(model: PreTrainedModel, plan: Plan, graph: ModelGraph) -> tuple[str, ...]:
     """Return the tensors that the plan counts as quantised but that are not, as some quantizers skip offloaded ones."""
-    found: list[str] = []
+    unquantized: list[str] = []
     for assignment in plan.assignments:
         is_offloaded = plan.executor.is_offloaded(assignment.location, plan.main_device)
         for name in () if is_offloaded else assignment.tensors:
@@ -127,8 +127,8 @@ def unquantized_tensors(model: PreTrainedModel, plan: Plan, graph: ModelGraph) -
                 continue
             held = model.get_parameter_or_buffer(name)
             if held.is_floating_point() and held.numel() == planned.element_count:
-                found.append(name)
-    return tuple(found)
+                unquantized.append(name)
+    return tuple(unquantized)
 
 
 def misrun_modules(model: PreTrainedModel, plan: Plan) -> tuple[Misrun, ...]:
@@ -138,9 +138,9 @@ def misrun_modules(model: PreTrainedModel, plan: Plan) -> tuple[Misrun, ...]:
         is_streamed = plan.executor.streams(assignment.location)
         for name in assignment.tensors:
             module = name.rpartition(".")[0]
-            if (found := running_place(model, name)) is None:
+            if (place := running_place(model, name)) is None:
                 continue
-            device, streams = found
+            device, streams = place
             if device != assignment.location.runs_on or (streams and not is_streamed):
                 found_there = f"{device}, streamed" if streams else str(device)
                 wrong.setdefault(module, Misrun(module, str(assignment.location.runs_on), found_there))

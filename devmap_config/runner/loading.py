@@ -405,12 +405,12 @@ def require_accelerate() -> None:
     wanted = TRIED["accelerate"][0]  # older versions confuse tied weights that are on disk
     command = f"run `pip install 'accelerate>={wanted}'`"
     try:
-        found = version("accelerate")
+        present = version("accelerate")
     except PackageNotFoundError:
         raise RunnerError("accelerate-missing", "loading by a device map needs accelerate", command) from None
-    if release(found) < release(wanted):
+    if release(present) < release(wanted):
         raise RunnerError(
-            "accelerate-too-old", f"accelerate {found} is installed, and {wanted} or newer is needed", command
+            "accelerate-too-old", f"accelerate {present} is installed, and {wanted} or newer is needed", command
         )
 
 

@@ -81,12 +81,12 @@ def image_of(data: bytes, *, formats: tuple[str, ...] | None = None, most_pixels
     from PIL.ImageOps import exif_transpose
 
     try:
-        found = opened(io.BytesIO(data), formats=formats)
-        pixels = found.width * found.height
+        opened_image = opened(io.BytesIO(data), formats=formats)
+        pixels = opened_image.width * opened_image.height
         # In files with several pictures at once (MPO), the first one is the main one.
-        count = 1 if found.format == "MPO" else getattr(found, "n_frames", 1)
+        count = 1 if opened_image.format == "MPO" else getattr(opened_image, "n_frames", 1)
         is_taken = count == 1 and (most_pixels is None or pixels <= most_pixels)
-        image = exif_transpose(found).convert("RGB") if is_taken else None
+        image = exif_transpose(opened_image).convert("RGB") if is_taken else None
     except UnidentifiedImageError:
         raise FileError("is not an image that Pillow knows", "syntax", "convert it to PNG") from None
     except Exception as error:  # damaged or too large images raise errors of many types

@@ -101,7 +101,7 @@ def _seen(
     peak_bytes = peaks(plan)
     seen: dict[str, dict[str, int]] = {}
     for device in (use.id for use in plan.devices):
-        found = {
+        figures = {
             "weights_bytes": weights.get(device, 0),
             "kv_cache_bytes": None if generation is None else cache.get(device, 0),
             "process_bytes": load.process_bytes if device == CPU else None,
@@ -111,7 +111,7 @@ def _seen(
             "file_bytes": process.file_bytes or None if device == CPU else None,
             "library_file_bytes": process.library_file_bytes or None if device == CPU else None,
         }
-        seen[str(device)] = {name: size_bytes for name, size_bytes in found.items() if size_bytes is not None}
+        seen[str(device)] = {name: size_bytes for name, size_bytes in figures.items() if size_bytes is not None}
     return seen
 
 

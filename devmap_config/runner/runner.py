@@ -280,9 +280,9 @@ def require_match(match: CheckpointMatch | None, compiled: Compiled) -> None:
     """
     if match is None or match.unchecked is not None:
         return
-    found = judge(match, compiled.model.source.config, _allowed(compiled))
-    if found.error is not None:
-        raise RunnerError("wrong-checkpoint", found.error, found.error_help)
+    judgement = judge(match, compiled.model.source.config, _allowed(compiled))
+    if judgement.error is not None:
+        raise RunnerError("wrong-checkpoint", judgement.error, judgement.error_help)
 
 
 SAID_AGAIN: tuple[Code, ...] = (
@@ -327,10 +327,10 @@ def require_fit_machine(deployment: Deployment) -> tuple[Diagnostic, ...]:
     seen = probe_machine(os.environ, folder or Path(), kind=kind_needed(deployment.lock))
     place = whole_file(str(deployment.compiled.loaded.path))
     # Weights that the checkpoint has in the loaded form are read from there, and not written again.
-    found = differences(deployment.lock, seen, place, disk_may_be_read_in_place=True)
-    if any(finding.is_error for finding in found):
-        raise UnfitMachineError(found)
-    return found
+    findings = differences(deployment.lock, seen, place, disk_may_be_read_in_place=True)
+    if any(finding.is_error for finding in findings):
+        raise UnfitMachineError(findings)
+    return findings
 
 
 def require_model_alone(deployment: Deployment, what: str) -> None:
@@ -465,8 +465,8 @@ def _require_loaded(loaded: Loaded, deployment: Deployment, compiled: LoadedMode
         )
     made_up = sorted((loaded.missing | loaded.mismatched) - _allowed(deployment.compiled))
     if made_up:
-        found = _some([f"`{name}`" for name in made_up])
-        raise RunnerError("wrong-checkpoint", f"transformers filled tensors with random numbers: {found}", ANEW)
+        names = _some([f"`{name}`" for name in made_up])
+        raise RunnerError("wrong-checkpoint", f"transformers filled tensors with random numbers: {names}", ANEW)
 
 
 def _some(findings: list[str]) -> str:

@@ -47,8 +47,8 @@ class LoadCost:
 
 def peaks(plan: Plan) -> dict[Device, int]:
     """Return the peak of each device of a plan, if it can be measured."""
-    found = {use.id: peak_bytes_of(use.id) for use in plan.devices}
-    return {device: peak for device, peak in found.items() if peak is not None}
+    peaks_by_device = {use.id: peak_bytes_of(use.id) for use in plan.devices}
+    return {device: peak for device, peak in peaks_by_device.items() if peak is not None}
 
 
 def reset_peaks(plan: Plan) -> None:
@@ -135,8 +135,8 @@ def weights_by_device(model: PreTrainedModel, plan: Plan, graph: ModelGraph) -> 
     seen = set()
     for name in plan.locations:
         home = tensor_home(model, name)
-        if home is not None and (found := (home, graph.storage_of[name])) not in seen:
-            seen.add(found)
+        if home is not None and (key := (home, graph.storage_of[name])) not in seen:
+            seen.add(key)
             held[home] = held.get(home, 0) + held_bytes(model.get_parameter_or_buffer(name))
     return held
 

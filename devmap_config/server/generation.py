@@ -53,9 +53,9 @@ class UntilStop:
         if self.is_over:
             return
         self._held += text
-        found = [place for stop in self._stops if (place := self._held.find(stop)) >= 0]
-        self.is_over = bool(found)
-        self._hand_out(min(found, default=len(self._held) - max(map(self._begun, self._stops), default=0)))
+        places = [place for stop in self._stops if (place := self._held.find(stop)) >= 0]
+        self.is_over = bool(places)
+        self._hand_out(min(places, default=len(self._held) - max(map(self._begun, self._stops), default=0)))
 
     def end(self) -> None:
         """Pass on the text that was held back."""

@@ -61,15 +61,15 @@ def _modules_at(module: torch.nn.Module, steps: tuple[str, ...]) -> Iterator[tup
         return
     names = dict(module.named_children())
     for name in names if steps[0] == ITEM else names.keys() & {steps[0]}:
-        for path, found in _modules_at(names[name], steps[1:]):
-            yield f"{name}.{path}" if path else name, found
+        for path, inner in _modules_at(names[name], steps[1:]):
+            yield f"{name}.{path}" if path else name, inner
 
 
 def _function_of(module_class: type[torch.nn.Module], name: str) -> FunctionType | None:
     """Return the function that runs when a method of a class is called, or a property is read."""
-    found = inspect.getattr_static(module_class, name, None)
-    found = inspect.unwrap(found.fget if isinstance(found, property) else found)  # type: ignore[arg-type]
-    return found if isinstance(found, FunctionType) and not found.__module__.startswith("torch.") else None
+    attribute = inspect.getattr_static(module_class, name, None)
+    attribute = inspect.unwrap(attribute.fget if isinstance(attribute, property) else attribute)  # type: ignore[arg-type]
+    return attribute if isinstance(attribute, FunctionType) and not attribute.__module__.startswith("torch.") else None
 
 
 @functools.cache
@@ -77,7 +77,7 @@ def _reads(module_class: type[torch.nn.Module], start: str) -> tuple[tuple[str, 
     """Return the attributes of `self` that a method of a class reads, and the methods that it calls, each as a tuple of
     names.
     """
-    found: dict[tuple[str, ...], None] = {}
+    chains: dict[tuple[str, ...], None] = {}
     waiting, seen = [start], set()
     while waiting:
         name = waiting.pop()
@@ -93,8 +93,8 @@ def _reads(module_class: type[torch.nn.Module], start: str) -> tuple[tuple[str, 
             if len(steps) == 1:
                 waiting += steps
             if DESCRIPTIONS.isdisjoint(steps):
-                found[steps] = None
-    return tuple(found)
+                chains[steps] = None
+    return tuple(chains)
 
 
 def _chains(tree: ast.AST) -> Iterator[tuple[str, ...]]:

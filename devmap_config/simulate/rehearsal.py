@@ -247,7 +247,7 @@ def _moves(before: Plan, after: Plan | None, graph: ModelGraph) -> str:
     moves: dict[tuple[str, str], list[str]] = {}
     homes = [_homes(plan, graph) for plan in (before, after)]
     for path in graph.blocks:
-        old, new = (" and ".join(map(str, found.get(path, ()))) for found in homes)
+        old, new = (" and ".join(map(str, paths.get(path, ()))) for paths in homes)
         if old != new:
             moves.setdefault((old, new), []).append(path)
     told = [f"{_folded(paths)} from {old} to {new}" for (old, new), paths in moves.items()]

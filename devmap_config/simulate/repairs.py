@@ -47,14 +47,14 @@ def _to_keep_together(mismatch: DeviceMismatch, plan: Plan, prepared: Prepared, 
     graph = prepared.graph
     involved = involved_in(mismatch, plan, graph)
     if involved == [block_of(graph, mismatch.running)]:
-        found = [tensors_of(graph, path) for path in _alike(graph, involved)]
+        groups = [tensors_of(graph, path) for path in _alike(graph, involved)]
     else:
         bonds = () if graph.measurement is None else graph.measurement.bonds
         joined = [blocks for names in before if len(blocks := {block_of(graph, name) for name in names}) > 1]
         comes_again = any(blocks & set(involved) for blocks in joined)
         bond = [*involved, *_alike(graph, involved)] if comes_again else involved
-        found = [sum((tensors_of(graph, path) for path in bond), ()) for bond in (*bonds, bond)]
-    kept = dict.fromkeys([*before, *(names for names in found if _can_be_together(names, prepared.resolution))])
+        groups = [sum((tensors_of(graph, path) for path in bond), ()) for bond in (*bonds, bond)]
+    kept = dict.fromkeys([*before, *(names for names in groups if _can_be_together(names, prepared.resolution))])
     return tuple(kept)
 
 
