@@ -39,14 +39,14 @@ def check_dtype(prepared: Prepared, sink: Sink) -> None:
         if card is None:
             continue
         if wants_fp8 and not card.supports_fp8:
-            wanted, mend = "fp8", "choose another quantization, or a card of the Ada or Hopper generation or later"
+            dtype, mend = "fp8", "choose another quantization, or a card of the Ada or Hopper generation or later"
         elif model.dtype == "bfloat16" and not card.supports_bf16:
-            wanted, mend = "bfloat16", "write `dtype: float16`"
+            dtype, mend = "bfloat16", "write `dtype: float16`"
         else:
             continue
         sink.error(
             "unsupported-dtype",
-            f"a {card.name} ({device.id}) does not compute in {wanted}",
+            f"a {card.name} ({device.id}) does not compute in {dtype}",
             (profile.quantization if wants_fp8 and method else profile.dtype).span,
             help=mend,
         )
@@ -54,7 +54,7 @@ def check_dtype(prepared: Prepared, sink: Sink) -> None:
 
 def check_compute_dtype(prepared: Prepared, sink: Sink) -> None:
     """Report a quantizer that computes in float32 though the model has another dtype, unless it was asked to."""
-    model, wanted = prepared.model, prepared.loaded.profile.model.quantization
+    model, quantization = prepared.model, prepared.loaded.profile.model.quantization
     if model.quantization is None or model.quantization.computes_in != "float32" or model.dtype == "float32":
         return
     if "bnb_4bit_compute_dtype" in model.quantization.arguments:
@@ -63,7 +63,7 @@ def check_compute_dtype(prepared: Prepared, sink: Sink) -> None:
         "computes-in-float32",
         f"{model.quantization} computes in float32, though the model is in {model.dtype}: more slowly, and with a copy"
         " of each weight that is twice as large while it is used",
-        wanted.span,
+        quantization.span,
         help=f"write `bnb_4bit_compute_dtype: {model.dtype}`; or `float32`, if that is meant",
     )
 
@@ -124,13 +124,13 @@ def check_quantizer(stored_on: Mapping[str, Device], prepared: Prepared, sink: S
 
 def check_adapter(prepared: Prepared, sink: Sink) -> None:
     """Report an adapter whose file, if it is at hand, lacks what its config adds to the model."""
-    model, wanted = prepared.model, prepared.loaded.profile.model.adapter
-    if model.adapter is None or wanted is None:
+    model, adapter = prepared.model, prepared.loaded.profile.model.adapter
+    if model.adapter is None or adapter is None:
         return
     try:
         stored_names(model.adapter, model.graph, must_be_there=False)
     except AdapterError as error:
-        sink.error("bad-adapter", str(error), wanted.source.span, help=error.help)
+        sink.error("bad-adapter", str(error), adapter.source.span, help=error.help)
 
 
 def check_adapter_placement(streamed: Collection[TensorName], prepared: Prepared, sink: Sink) -> None:
@@ -138,8 +138,8 @@ def check_adapter_placement(streamed: Collection[TensorName], prepared: Prepared
 
     LoRA's two matrices stay beside the module; all other adapters read or replace the module's own weights.
     """
-    model, wanted = prepared.model, prepared.loaded.profile.model.adapter
-    if model.adapter is None or wanted is None:
+    model, adapter = prepared.model, prepared.loaded.profile.model.adapter
+    if model.adapter is None or adapter is None:
         return
     config = model.adapter.config
     for module in model.graph.adapted_modules:
@@ -158,7 +158,7 @@ def check_adapter_placement(streamed: Collection[TensorName], prepared: Prepared
         sink.error(
             "unfit-adapter",
             f"`{module.path}` is copied to where it runs at every forward, and {what} in this adapter",
-            wanted.source.span,
+            adapter.source.span,
             help=f"pin it to where it runs: `{{match: {module.path}, device: …}}`; or merge the adapter into the"
             " checkpoint by `merge_and_unload()` of peft",
         )

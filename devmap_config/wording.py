@@ -136,8 +136,8 @@ def json_text(value: object, *, is_ascii: bool = False, sort_keys: bool = False)
         character = match[0]
         if character == "\n" or (character.isprintable() and not is_ascii):
             return character
-        shown = _shown(character) if "\ud800" <= character <= "\udfff" else character
-        return json.dumps(shown)[1:-1]
+        escaped_character = _shown(character) if "\ud800" <= character <= "\udfff" else character
+        return json.dumps(escaped_character)[1:-1]
 
     text = NOT_PLAIN.sub(escaped, json.dumps(value, indent=2, sort_keys=sort_keys, ensure_ascii=False))
     return text.replace("##[", r"\u0023#[")

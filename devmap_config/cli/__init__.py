@@ -118,9 +118,9 @@ def _exit_code(command: click.Command, name: str) -> int:
     except click.exceptions.Abort:
         return ExitCode.INTERRUPTED
     except click.ClickException as error:
-        shown = StringIO()
-        error.show(file=shown)
-        echo_lines(shown.getvalue(), err=True)
+        output = StringIO()
+        error.show(file=output)
+        echo_lines(output.getvalue(), err=True)
         _print_failure("usage", error.format_message())
         return ExitCode.USAGE
     except Exception as error:
@@ -151,9 +151,9 @@ def _fault(error: OSError) -> ExitCode:
         discard_output(sys.stderr)
         return ExitCode.WRONG
     what = f"`{error.filename}`: " if error.filename else "what was found cannot be written: "
-    said = "memory ran out" if error.errno == errno.ENOMEM else f"{what}{error.strerror}"
+    message = "memory ran out" if error.errno == errno.ENOMEM else f"{what}{error.strerror}"
     try:
-        echo(f"Error: {said}", err=True)
+        echo(f"Error: {message}", err=True)
     except OSError:
         discard_output(sys.stderr)
     return ExitCode.USAGE

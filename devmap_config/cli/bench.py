@@ -128,10 +128,10 @@ def _table(benchmark: Benchmark, figures: tuple[str, ...]) -> Table:
 
 def _cells(benchmark: Benchmark, result: Measured, phase: Phase) -> tuple[str, ...]:
     seconds = sorted(round(time * 1e9) for time in result.seconds(phase))
-    shown = (result.loader, format_duration(round(median(seconds))), format_durations(seconds[0], seconds[-1]))
+    cells = (result.loader, format_duration(round(median(seconds))), format_durations(seconds[0], seconds[-1]))
     ratio = benchmark.ratio(result, phase)
     if ratio is None:
-        return shown
+        return cells
     if ratio.is_too_noisy:
-        return (*shown, "too noisy", f"{ratio.noise:.2f}×")
-    return (*shown, f"{ratio.median:.2f}", f"{ratio.least:.2f}–{ratio.most:.2f}")
+        return (*cells, "too noisy", f"{ratio.noise:.2f}×")
+    return (*cells, f"{ratio.median:.2f}", f"{ratio.least:.2f}–{ratio.most:.2f}")

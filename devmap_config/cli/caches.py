@@ -47,9 +47,9 @@ class CacheComparison:
     @property
     def nanoseconds(self) -> tuple[int | None, int | None]:
         """The time of a token with each of the two caches; `None` if it is unknown."""
-        there, offloaded = self.plans
+        plans, offloaded = self.plans
         return (
-            None if there is None else there.plan.prediction.decode_nanoseconds_per_token,
+            None if plans is None else plans.plan.prediction.decode_nanoseconds_per_token,
             None if offloaded is None else offloaded.plan.prediction.decode_nanoseconds_per_token,
         )
 
@@ -59,8 +59,8 @@ class CacheComparison:
         fitting = [number for number, plan in enumerate(self.plans) if plan is not None]
         if len(fitting) == 1:
             return fitting[0]
-        there, offloaded = self.nanoseconds
-        return None if there is None or offloaded is None else int(offloaded < there)
+        times, offloaded = self.nanoseconds
+        return None if times is None or offloaded is None else int(offloaded < times)
 
     def to_json(self) -> dict[str, Any]:
         """Return it as plain data."""
@@ -82,9 +82,11 @@ def compared_caches(compiled: Compiled, profile: Path, options: ProfileOptions) 
     own = None if measurement is None else measurement.workload.context_length
     end = min((measurement.positions.most if measurement else None) or LONGEST_CONTEXT, LONGEST_CONTEXT)
     lengths = [SHORTEST_CONTEXT << number for number in range(LONGEST_CONTEXT.bit_length())]
-    wanted = sorted({length for length in (*lengths, own, end) if length is not None and length <= max(end, own or 0)})
+    contexts = sorted(
+        {length for length in (*lengths, own, end) if length is not None and length <= max(end, own or 0)}
+    )
     comparisons: dict[int, CacheComparison] = {}
-    with progress(len(wanted) + HALVINGS, quiet=options.quiet) as begin:
+    with progress(len(contexts) + HALVINGS, quiet=options.quiet) as begin:
 
         def compare(length: int) -> CacheComparison:
             begin(f"a context of {length:,} tokens")
@@ -92,7 +94,7 @@ def compared_caches(compiled: Compiled, profile: Path, options: ProfileOptions) 
                 comparisons[length] = _compared(partial(options.request, profile, advises=False), length)
             return comparisons[length]
 
-        every = [compare(length) for length in wanted]
+        every = [compare(length) for length in contexts]
         change = next((pair for pair in pairwise(every) if _changes(*pair)), None)
         if change is not None:
             before, after = change
@@ -107,8 +109,10 @@ def _changes(before: CacheComparison, after: CacheComparison) -> bool:
 
 
 def _compared(request: Callable[..., Request], context_length: int) -> CacheComparison:
-    there, offloaded = (_plan(request(workload={"cache": cache, "context_length": context_length})) for cache in CACHES)
-    return CacheComparison(context_length, (there[0], offloaded[0]), (there[1], offloaded[1]))
+    results, offloaded = (
+        _plan(request(workload={"cache": cache, "context_length": context_length})) for cache in CACHES
+    )
+    return CacheComparison(context_length, (results[0], offloaded[0]), (results[1], offloaded[1]))
 
 
 def _plan(request: Request) -> tuple[Compiled | None, str | None]:

@@ -173,8 +173,8 @@ def _table(residuals: Sequence[Residual]) -> Iterator[str]:
     first, second = (max(len(row[0][place]) for row in rows) for place in (0, 1))
     yield "#"
     for (receipt, unit), figures in rows:
-        shown = " ".join(f"{figure:>9}" for figure in figures)
-        yield f"# {receipt:<{first}} {unit:<{second}} {shown}".rstrip()
+        columns = " ".join(f"{figure:>9}" for figure in figures)
+        yield f"# {receipt:<{first}} {unit:<{second}} {columns}".rstrip()
     if all(residual.left_out_nanoseconds is None for residual in residuals):
         yield "# how far other runs will be from these rates is not known: three receipts tell it"
 

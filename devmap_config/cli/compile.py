@@ -74,8 +74,8 @@ def compile_command(
     if written and options.shows_tables:
         used = compiled.loaded.overrides
         again = ", ".join(f"{name}={used[name]}" for name in used if name not in options.variables)
-        kept = f", with {again} as before" if again else ""
-        echo(f"wrote {' and '.join(map(str, written))}{kept}", err=True)
+        note = f", with {again} as before" if again else ""
+        echo(f"wrote {' and '.join(map(str, written))}{note}", err=True)
 
 
 def _device_map(compiled: Compiled) -> Mapping[str, int | str]:

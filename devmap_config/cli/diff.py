@@ -79,8 +79,8 @@ def table_lines(difference: Difference, before: str, after: str, width: int) -> 
         if rows:
             yield ""
             yield from aligned(rows, width, headings=headings)
-    if said := rates_in_words(difference.to_json()):
-        yield said
+    if sentence := rates_in_words(difference.to_json()):
+        yield sentence
 
 
 def _markdown(difference: Difference, before: str, after: str) -> Iterator[str]:
@@ -109,9 +109,9 @@ def _markdown(difference: Difference, before: str, after: str) -> Iterator[str]:
             name = code if rows is moved else cell
             for row in rows:
                 yield f"| {name(row[0])} | {' | '.join(map(cell, row[1:]))} |"
-    if said := rates_in_words(difference.to_json()):
+    if sentence := rates_in_words(difference.to_json()):
         yield ""
-        yield f"{said[0].upper()}{said[1:]}."
+        yield f"{sentence[0].upper()}{sentence[1:]}."
 
 
 def _split(row: tuple[str, ...]) -> tuple[str, str, str]:

@@ -153,14 +153,14 @@ def story(compiled: Compiled) -> Iterator[str]:
     yield from _pace(plan)
     yield from _predictions(plan.prediction, graph)
     if bases := compiled.time_bases:
-        said = said_of_bases(bases, plan.prediction)
-        yield f"{said[0].upper()}{said[1:]}."
+        sentence = said_of_bases(bases, plan.prediction)
+        yield f"{sentence[0].upper()}{sentence[1:]}."
     if missing := compiled.missing_figures:
-        said = said_of_missing(missing)
-        yield f"{said[0].upper()}{said[1:]}: {how_to_give(missing, compiled.loaded.profile.hardware)}."
+        sentence = said_of_missing(missing)
+        yield f"{sentence[0].upper()}{sentence[1:]}: {how_to_give(missing, compiled.loaded.profile.hardware)}."
     if plan.prediction.longest_context is not None and graph.measurement is not None:
         yield _room_for_context(plan.prediction.longest_context, graph.measurement)
-    yield from (f"{said[0].upper()}{said[1:]}." for said in companion_lines(compiled))
+    yield from (f"{sentence[0].upper()}{sentence[1:]}." for sentence in companion_lines(compiled))
     yield from _waits(compiled)
     yield from _preference(plan)
 
@@ -270,7 +270,7 @@ def _pace(plan: Plan) -> Iterator[str]:
         yield "Buffers are offloaded too: plain `from_pretrained` needs `offload_buffers=True`."
     if plan.computed_on_cpu:
         yield f"{', '.join(fold_paths(plan.computed_on_cpu))} compute on the CPU, where they are stored."
-    yield from (f"{said}." for said in plan.prefilling)
+    yield from (f"{sentence}." for sentence in plan.prefilling)
     if plan.offloaded_caches is not None:
         yield f"{caches_in_words(plan)}."
 
@@ -315,8 +315,8 @@ def _place_of_cache(compiled: Compiled, name: str) -> Iterator[str]:
     if other is None:
         return
     is_offloaded = any(path == block or path.startswith(f"{block}.") for path in plan.offloaded_caches or ())
-    here, there = "on the CPU while it does not run", "on the device on which it runs"
-    where, elsewhere = (here, there) if is_offloaded else (there, here)
+    here, places = "on the CPU while it does not run", "on the device on which it runs"
+    where, elsewhere = (here, places) if is_offloaded else (places, here)
     costs = _costs(other, "a token" if graph.decodes else "a prefill")
     yield f"The cache of `{block}` is {where}. Were it {elsewhere}, all else as it is: {costs}."
 

@@ -148,11 +148,11 @@ def _write(files: Mapping[str, str], folder: Path, *, force: bool) -> None:
         raise click.UsageError(f"the folder `{folder.parent}` does not exist")
     if exists(folder) and not is_folder(folder):
         raise click.UsageError(f"`{folder}` is not a folder")
-    there = [folder / name for name in files if exists(folder / name)]
-    if odd := next((path for path in there if not is_file(path)), None):
+    existing = [folder / name for name in files if exists(folder / name)]
+    if odd := next((path for path in existing if not is_file(path)), None):
         raise click.UsageError(f"`{odd}` is not a regular file")
-    if there and not force:
-        raise click.UsageError(f"`{there[0]}` exists: pass `--force` to replace what is exported there")
+    if existing and not force:
+        raise click.UsageError(f"`{existing[0]}` exists: pass `--force` to replace what is exported there")
     try:
         folder.mkdir(exist_ok=True)
     except OSError as error:

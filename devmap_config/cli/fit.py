@@ -117,18 +117,20 @@ def _row(machine: str, request: Callable[..., Request]) -> Row:
     from devmap_config.compiler import Compiled, Rejected, run_pipeline
     from devmap_config.exports.engines import other_engine
 
-    asked = request(strategy="fastest")
-    fastest = run_pipeline(asked)
+    fit_request = request(strategy="fastest")
+    fastest = run_pipeline(fit_request)
     if any(finding.code == "missing-figure" for finding in fastest.diagnostics):
-        asked = request(strategy=WITHOUT_FIGURES)
-        fastest = run_pipeline(asked)
+        fit_request = request(strategy=WITHOUT_FIGURES)
+        fastest = run_pipeline(fit_request)
     if isinstance(fastest, Rejected):
         if not is_of_machine(fastest.diagnostics):
             raise CommandError(fastest.diagnostics, fastest.texts, data={"machines": None})
         reason = "; ".join(finding.message for finding in fastest.diagnostics if finding.is_error)
-        return Row(machine, reason=reason, other=other_engine(asked, fastest))
+        return Row(machine, reason=reason, other=other_engine(fit_request, fastest))
     longest = run_pipeline(request(strategy="longest-context"))
-    return Row(machine, fastest, longest if isinstance(longest, Compiled) else None, other=other_engine(asked, fastest))
+    return Row(
+        machine, fastest, longest if isinstance(longest, Compiled) else None, other=other_engine(fit_request, fastest)
+    )
 
 
 def _table(rows: list[Row]) -> Iterator[Table | str]:

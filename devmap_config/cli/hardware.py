@@ -17,9 +17,9 @@ def hardware(name: str | None, output_format: str) -> None:
 
     catalogue = load_catalogue()
     if name is not None and name not in catalogue:
-        meant = nearest(name)
+        close = nearest(name)
         raise click.UsageError(
-            f"the catalogue has no accelerator `{name}`" + (f"; did you mean `{meant}`?" if meant else "")
+            f"the catalogue has no accelerator `{name}`" + (f"; did you mean `{close}`?" if close else "")
         )
     rows = {row["name"]: row for row in catalogue_rows() if name in (None, row["name"])}
     if output_format == "json":

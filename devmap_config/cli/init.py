@@ -99,7 +99,7 @@ def init(
     """Write a first profile for SOURCE (a hub id, a directory or a config.json) that compiles as it is."""
     require_new(output, force=force)
     hardware = machine_of(machine_name) if machine_name else _this_machine()
-    asked = InitOptions(
+    init_options = InitOptions(
         source=source,
         output=output,
         class_name=class_name,
@@ -110,7 +110,7 @@ def init(
         permissions=Permissions(allow_outside=allow_outside, trust_remote_code=trust_remote_code),
     )
     with progress(len(CONTEXT_LENGTHS), quiet=quiet) as begin:
-        text = first_profile(asked, begin=begin)
+        text = first_profile(init_options, begin=begin)
     deliver(text, output, output_format, next_step=f"; next: devmap-compile {output}")
 
 

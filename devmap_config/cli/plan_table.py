@@ -72,16 +72,16 @@ def _held(plan: Plan, device: Device) -> list[str]:
         assignment.unit or "everything" for assignment in plan.assignments if assignment.location.stored_on == device
     ]
     patterns = fold_paths(units)
-    shown = list(patterns[:PATTERNS_SHOWN])
-    if len(patterns) > len(shown):
-        shown = [*shown[:-1], f"and {len(patterns) - len(shown) + 1} more: `devmap explain`"]
-    return shown or ["–"]
+    lines = list(patterns[:PATTERNS_SHOWN])
+    if len(patterns) > len(lines):
+        lines = [*lines[:-1], f"and {len(patterns) - len(lines) + 1} more: `devmap explain`"]
+    return lines or ["–"]
 
 
 def _notes(compiled: Compiled) -> Iterator[Text]:
     plan, model = compiled.plan, compiled.model
-    if said := predicted(plan):
-        yield Text(said)
+    if sentence := predicted(plan):
+        yield Text(sentence)
     if bases := compiled.time_bases:
         yield Text(said_of_bases(bases, plan.prediction), style="dim")
     if missing := compiled.missing_figures:
@@ -176,8 +176,8 @@ def _in_transformers(plan: Plan) -> str:
     """Return the sentence about the arguments with which plain transformers makes the same plan."""
     if plan.max_memory is None:
         return "plain transformers makes this plan of its map alone, not of `max_memory`: more than budgets decides"
-    shown = f"max_memory={dict(plan.max_memory)}"
-    return f'plain transformers makes the same map of device_map="{plan.strategy}", {shown}'
+    argument = f"max_memory={dict(plan.max_memory)}"
+    return f'plain transformers makes the same map of device_map="{plan.strategy}", {argument}'
 
 
 BAR_COLUMNS = 30

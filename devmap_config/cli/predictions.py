@@ -69,9 +69,9 @@ def said_of_bases(bases: Mapping[Phase, TimeBasis], prediction: Prediction) -> s
     """Return a sentence about the basis of the predicted times, and the range of measured runs."""
     rates = {UNITS[phase]: basis.rates for phase, basis in bases.items()}
     if len(set(rates.values())) == 1:
-        said = f"these times rest on {next(iter(rates.values()))} rates"
+        sentence = f"these times rest on {next(iter(rates.values()))} rates"
     else:
-        said = ", ".join(f"{unit} rests on {basis} rates" for unit, basis in rates.items())
+        sentence = ", ".join(f"{unit} rests on {basis} rates" for unit, basis in rates.items())
     ratios = [
         f"{format_ratios(basis.least_nanoseconds, basis.most_nanoseconds, getattr(prediction, OWN[phase]))}"
         f" for {UNITS[phase]}"
@@ -80,15 +80,15 @@ def said_of_bases(bases: Mapping[Phase, TimeBasis], prediction: Prediction) -> s
     ]
     # Not as times: the prediction itself need not be between them, which would read as a contradiction.
     listed = ", ".join(ratios).replace(" times", " times the prediction", 1)
-    return said + (f"; measured runs took {listed}" if ratios else "")
+    return sentence + (f"; measured runs took {listed}" if ratios else "")
 
 
 def _fastest(nanoseconds: int | None, own_nanoseconds: int) -> str:
     """Return a note on the fastest plan's time, if it differs in the digits that are printed."""
-    shown = "" if nanoseconds is None else format_duration(nanoseconds)
-    return f"the fastest plan takes {shown}" if shown not in ("", format_duration(own_nanoseconds)) else ""
+    duration = "" if nanoseconds is None else format_duration(nanoseconds)
+    return f"the fastest plan takes {duration}" if duration not in ("", format_duration(own_nanoseconds)) else ""
 
 
 def _in_parentheses(*phrases: str) -> str:
-    said = "; ".join(phrase for phrase in phrases if phrase)
-    return f" ({said})" if said else ""
+    notes = "; ".join(phrase for phrase in phrases if phrase)
+    return f" ({notes})" if notes else ""

@@ -157,11 +157,11 @@ def _against(file: Path, host: str | None, disk_folder: Path, output_format: str
     seen = probe_machine(os.environ, disk_folder)
     findings = differences(lock, seen, whole_file(str(file)))
     is_fit = not any(finding.is_error for finding in findings)
-    wanted = demands(lock, seen)
-    data = {"fits": is_fit, "host": here, "needs": [demand.to_json() for demand in wanted], "seen": seen.to_json()}
+    needs = demands(lock, seen)
+    data = {"fits": is_fit, "host": here, "needs": [demand.to_json() for demand in needs], "seen": seen.to_json()}
     report([*seen.notes, *findings], {}, output_format, quiet=quiet, data=data)
     if output_format == "table" and not quiet:
-        for demand in wanted:
+        for demand in needs:
             echo(_sentence(demand))
         what = file if here is None else f"what `{here}` has of {file}"
         echo(f"this machine {'can' if is_fit else 'cannot'} carry {what}")
@@ -174,9 +174,9 @@ def _sentence(demand: Demand) -> str:
     memory, free = demand.memory_bytes, demand.free_bytes
     if not demand.is_there:
         return f"{named}: {format_bytes(needed_bytes)} needed, and it is not there"
-    there = f"{format_bytes(memory)} there" if memory is not None else "what is there is not known"
+    memory_in_words = f"{format_bytes(memory)} there" if memory is not None else "what is there is not known"
     now = f", {format_bytes(free)} free now" if free is not None and demand.device != DISK else ""
-    return f"{named}: {format_bytes(needed_bytes)} needed, {there}{now}"
+    return f"{named}: {format_bytes(needed_bytes)} needed, {memory_in_words}{now}"
 
 
 def _read(file: Path) -> Lock:

@@ -79,10 +79,10 @@ def _profiles_below(folder: Path) -> tuple[Path, ...]:
     locked = {real_path(path) for path in files if exists(lock_path(path))}
     profiles = {path for path, sketch in sketches.items() if _looks_like_profile(sketch, sketches)} | locked
     extended = {base for path in profiles if path in sketches for base in sketches[path].bases}
-    kept = {path for path in profiles if path not in extended or path in locked}
+    remaining = {path for path in profiles if path not in extended or path in locked}
     # Files that extend each other in a circle are not left out for being extended.
-    kept |= profiles - _built_on(kept, sketches)
-    return tuple(path for path in files if real_path(path) in kept)
+    remaining |= profiles - _built_on(remaining, sketches)
+    return tuple(path for path in files if real_path(path) in remaining)
 
 
 def _built_on(paths: Iterable[Path], sketches: Mapping[Path, _Sketch]) -> set[Path]:
@@ -116,8 +116,10 @@ class _Sketch:
         from devmap_config.profile.schema import Profile
 
         known = list(Profile.model_fields)
-        meant = {key: difflib.get_close_matches(key, known, n=1, cutoff=SIMILARITY) for key in self.keys}
-        meanings = {key: key if key in known else close[0] for key, close in meant.items() if key in known or close}
+        candidates = {key: difflib.get_close_matches(key, known, n=1, cutoff=SIMILARITY) for key in self.keys}
+        meanings = {
+            key: key if key in known else close[0] for key, close in candidates.items() if key in known or close
+        }
         return meanings | {key: "x-" for key in self.keys if key.startswith("x-")}
 
     @property
@@ -135,8 +137,8 @@ class _Sketch:
         if 2 * len(meanings) >= len(self.keys) and _are_sections(self.exact, has_version):
             return True
         # A misspelt section alone says little: many files have `models`.
-        meant = {meanings[key] for key in meanings if key in self.exact or key in self.mappings}
-        return len(meanings) == len(self.keys) and _are_sections(meant, has_version)
+        sections = {meanings[key] for key in meanings if key in self.exact or key in self.mappings}
+        return len(meanings) == len(self.keys) and _are_sections(sections, has_version)
 
 
 def _are_sections(keys: Iterable[str], has_version: bool) -> bool:

@@ -179,12 +179,12 @@ def transfer_shown(words: str, *, quiet: bool = False) -> Iterator[ByteProgress]
 
     columns = (DESCRIPTION, BarColumn(), "{task.fields[amount]}")
     # It starts while stdout is redirected, and ends when it no longer is: rich would restore the stdout of its start.
-    shown = progress_line(*columns, redirect_stdout=False, redirect_stderr=False)
+    bar = progress_line(*columns, redirect_stdout=False, redirect_stderr=False)
     try:
-        yield ByteProgress(shown, words)
+        yield ByteProgress(bar, words)
     finally:
-        if shown.tasks:
-            shown.stop()
+        if bar.tasks:
+            bar.stop()
 
 
 @contextmanager

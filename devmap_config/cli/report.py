@@ -139,7 +139,7 @@ def _told(profile: Path, options: ProfileOptions) -> tuple[dict[str, Any], dict[
         with stages_shown(quiet=options.quiet):
             ran = simulation_of(plan, compiled.model, decoded_tokens=2, trust_remote_code=may_run_code)
         simulation = {key: value for key, value in ran.to_json().items() if key != "calls"}
-    told = {
+    data = {
         "profile": str(profile),
         "lock": lock,
         "plan": compiled.to_json(),
@@ -152,7 +152,7 @@ def _told(profile: Path, options: ProfileOptions) -> tuple[dict[str, Any], dict[
         "sent_bytes": None if plan.pipeline is None else sent_bytes(compiled),
         "diagnostics": diagnostics_to_json(compiled.diagnostics),
     }
-    return told, dict(compiled.texts)
+    return data, dict(compiled.texts)
 
 
 def _reasons(compiled: Compiled, module: str) -> dict[str, Any]:
@@ -186,5 +186,5 @@ def _compiled(profile: Path, options: ProfileOptions) -> tuple[Compiled, str | N
     if isinstance(compilation, Rejected):
         raise CommandError(compilation.diagnostics, compilation.texts)
     problem = problem if drift is None else drift.message
-    said = None if problem is None else f"This is what the profile asks for now: {path.name} {problem}."
-    return compilation, said
+    reason = None if problem is None else f"This is what the profile asks for now: {path.name} {problem}."
+    return compilation, reason

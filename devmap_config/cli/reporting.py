@@ -88,9 +88,9 @@ def report_on_terminal(diagnostics: list[Diagnostic], texts: Mapping[str, str]) 
 
     console = EscapingConsole(stderr=True)
     # Errors come first if not all findings are shown.
-    shown = sorted(diagnostics, key=lambda finding: not finding.is_error)[:MOST_SHOWN]
-    print_diagnostics(diagnostics if len(shown) == len(diagnostics) else shown, texts, console)
-    if left_out := len(diagnostics) - len(shown):
+    first = sorted(diagnostics, key=lambda finding: not finding.is_error)[:MOST_SHOWN]
+    print_diagnostics(diagnostics if len(first) == len(diagnostics) else first, texts, console)
+    if left_out := len(diagnostics) - len(first):
         console.print(f"and {counted(left_out, 'more finding')}, which `--format json` shows")
     errors = sum(diagnostic.is_error for diagnostic in diagnostics)
     warnings = len(diagnostics) - errors

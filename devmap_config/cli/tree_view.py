@@ -70,9 +70,9 @@ def _below(
     if depth == 0:
         return
     runs = _runs(module, marks)
-    shown = [run for run in runs if not filtered or _leads_to_match(run.module, marks)]
+    visible_runs = [run for run in runs if not filtered or _leads_to_match(run.module, marks)]
     tensors = [tensor for tensor in module.own_tensors if not filtered or tensor.name in marks]
-    entries: list[_EqualNeighbours | Tensor] = [*tensors, *shown]
+    entries: list[_EqualNeighbours | Tensor] = [*tensors, *visible_runs]
     for number, entry in enumerate(entries):
         is_last = number == len(entries) - 1
         branch, onward = ("└─ ", "   ") if is_last else ("├─ ", "│  ")

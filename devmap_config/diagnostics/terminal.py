@@ -31,10 +31,10 @@ CONTEXT_CELLS = 12
 
 def print_diagnostics(diagnostics: Iterable[Diagnostic], texts: Mapping[str, str], console: Console) -> None:
     """Print each finding with its place, its line and its advice; `texts` are the files by their shown names."""
-    shown = tuple(diagnostics)
-    files = {span.file for diagnostic in shown for span in _spans(diagnostic)} & texts.keys()
+    findings = tuple(diagnostics)
+    files = {span.file for diagnostic in findings for span in _spans(diagnostic)} & texts.keys()
     sources = {file: LINE_BREAK.split(texts[file]) for file in sorted(files)}
-    for diagnostic in shown:
+    for diagnostic in findings:
         for line in _lines(diagnostic, sources, console.width):
             console.print(line, soft_wrap=True)
         console.print()
@@ -76,9 +76,9 @@ def _lines(diagnostic: Diagnostic, sources: Sources, width: int) -> Iterator[Tex
 
 def _wrapped(text: str, width: int, indent: str) -> list[str]:
     """Wrap a text to a width; text in backticks is not broken, so that it can be copied."""
-    kept = CODE.sub(lambda code: code.group().replace(" ", "\xa0"), text)
+    unbroken = CODE.sub(lambda code: code.group().replace(" ", "\xa0"), text)
     lines = textwrap.wrap(
-        kept, max(width, 40), subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+        unbroken, max(width, 40), subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
     )
     return [line.replace("\xa0", " ") for line in lines or [""]]
 

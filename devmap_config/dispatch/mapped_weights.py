@@ -298,8 +298,8 @@ def _attach(
         for name, place in places.items():
             parameter = own.get(name)
             if parameter is not None and is_as_read(parameter, place):
-                shown = data[place].view(parameter.dtype).as_strided(parameter.shape, parameter.stride())
-                read: Any = torch.nn.Parameter(shown, requires_grad=False)
+                view = data[place].view(parameter.dtype).as_strided(parameter.shape, parameter.stride())
+                read: Any = torch.nn.Parameter(view, requires_grad=False)
                 read.mapped = parameter
                 own[name] = read
 

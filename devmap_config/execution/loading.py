@@ -65,8 +65,8 @@ def _on_cpu(placed: list[tuple[Tensor, Device]], facts: LoadingFacts, *, one_by_
     if not one_by_one:
         merged = [tensor for tensor, _ in here if tensor.name in facts.merged]
         # Parts that are cast are small allocations, which the allocator keeps after they have been merged.
-        kept = sum(tensor.size_bytes for tensor in merged if is_cast(tensor, facts))
-        return passing + kept + max((tensor.size_bytes for tensor in merged), default=0)
+        cast_bytes = sum(tensor.size_bytes for tensor in merged if is_cast(tensor, facts))
+        return passing + cast_bytes + max((tensor.size_bytes for tensor in merged), default=0)
     alive, last = [0], [0]
     for tensor, device in here:
         is_merged = tensor.name in facts.merged

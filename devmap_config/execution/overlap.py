@@ -65,8 +65,10 @@ class Clock:
 
 def total_nanoseconds(times: Iterable[Timed]) -> int:
     """Return the time of one of many forwards that does these things in this order."""
-    every = tuple(times)
-    return sum(time.nanoseconds for time in every) + ahead_nanoseconds(block for time in every for block in time.ahead)
+    listed = tuple(times)
+    return sum(time.nanoseconds for time in listed) + ahead_nanoseconds(
+        block for time in listed for block in time.ahead
+    )
 
 
 def ahead_nanoseconds(blocks: Iterable[Ahead]) -> int:

@@ -103,15 +103,15 @@ class Running:
         }
         if not held:
             return costs
-        every = [item for counts in held.values() for item in counts if item[0].offloaded_bytes]
-        visiting_bytes = max((cost.visiting_bytes(workload) for cost, _ in every), default=0)
+        offloading = [item for counts in held.values() for item in counts if item[0].offloaded_bytes]
+        visiting_bytes = max((cost.visiting_bytes(workload) for cost, _ in offloading), default=0)
         for device, counts in held.items():
             offloaded_bytes = sum(cost.offloaded_bytes * count for cost, count in counts)
             let_go_bytes = sum(cost.retained_bytes * count for cost, count in counts if cost.offloaded_bytes)
             costs[device] = costs[device].plus(-offloaded_bytes, visiting_bytes - let_go_bytes)
-        offloaded_bytes = sum(cost.offloaded_bytes * count for cost, count in every)
-        pinned_bytes = sum(cost.pinned_bytes(workload) * count for cost, count in every)
-        pinned_bytes += LAYERS_UNDER_WAY * max((cost.pinned_bytes(workload) for cost, _ in every), default=0)
+        offloaded_bytes = sum(cost.offloaded_bytes * count for cost, count in offloading)
+        pinned_bytes = sum(cost.pinned_bytes(workload) * count for cost, count in offloading)
+        pinned_bytes += LAYERS_UNDER_WAY * max((cost.pinned_bytes(workload) for cost, _ in offloading), default=0)
         costs[CPU] = costs.get(CPU, RunningCost()).plus(offloaded_bytes, pinned_bytes - offloaded_bytes)
         return costs
 
@@ -198,11 +198,11 @@ def _held(cost: ModuleCost, *, is_offloaded: bool) -> ModuleCost:
 def _largest(costs: Iterable[ModuleCost]) -> tuple[ModuleCost, ...]:
     """Return the costs that no other exceeds in every figure; at any context, one of them is the largest."""
     by_peaks = {_peaks(cost): cost for cost in costs}
-    kept: list[tuple[int, ...]] = []
+    largest: list[tuple[int, ...]] = []
     for peaks in sorted(by_peaks, reverse=True):
-        if not any(all(other >= own for other, own in zip(larger, peaks, strict=True)) for larger in kept):
-            kept.append(peaks)
-    return tuple(by_peaks[peaks] for peaks in kept)
+        if not any(all(other >= own for other, own in zip(larger, peaks, strict=True)) for larger in largest):
+            largest.append(peaks)
+    return tuple(by_peaks[peaks] for peaks in largest)
 
 
 def _peaks(cost: ModuleCost) -> tuple[int, ...]:

@@ -51,8 +51,8 @@ def heaviest(
         sequences = f" of {batch} sequences" if batch > 1 else ""
         return f"most of it is the cache{sequences} of {tokens:,} tokens"
     if largest == "activations":
-        there = {assignment.unit for assignment in placed if assignment.location.runs_on == device}
-        return _heaviest_activation(graph, measurement, there)
+        units = {assignment.unit for assignment in placed if assignment.location.runs_on == device}
+        return _heaviest_activation(graph, measurement, units)
     return None
 
 

@@ -101,6 +101,6 @@ def _output(command: list[str], text: str = "") -> str:
     except (OSError, subprocess.TimeoutExpired) as error:
         raise ParserError(f"`{command[0]}` cannot be run: {error}", "name an interpreter of Python") from None
     if done.returncode != 0:
-        said = (done.stderr.strip().splitlines() or ["nothing"])[-1]
-        raise ParserError(f"`{command[0]}` fails: {said}", "name the Python of an environment with vLLM")
+        last_line = (done.stderr.strip().splitlines() or ["nothing"])[-1]
+        raise ParserError(f"`{command[0]}` fails: {last_line}", "name the Python of an environment with vLLM")
     return done.stdout

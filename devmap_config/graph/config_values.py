@@ -49,8 +49,8 @@ def unreasonable_number(config: Mapping[str, Any]) -> str | None:
                 return f"`{'.'.join(path)}` is not a number (NaN)"
             continue
         if abs(value) > (most := _most(key)):
-            shown = f"{value:,}" if len(str(value)) < LONGEST_VALUE else f"a number of {len(str(value))} digits"
-            return f"`{'.'.join(path)}` is {shown}, and no model has more than {most:,}"
+            number = f"{value:,}" if len(str(value)) < LONGEST_VALUE else f"a number of {len(str(value))} digits"
+            return f"`{'.'.join(path)}` is {number}, and no model has more than {most:,}"
     return None
 
 
@@ -87,8 +87,8 @@ def doubtful_values(config: Mapping[str, Any], usual: Mapping[str, Any], path: P
         if isinstance(value, dict) and isinstance(expected, dict):
             yield from doubtful_values(value, expected, here)
         elif expected is not None and _differs(value, expected):
-            shown = json.dumps(value)
-            yield f"`{'.'.join(here)}` is {shown if len(shown) <= LONGEST_VALUE else shown[:LONGEST_VALUE] + '…'}"
+            literal = json.dumps(value)
+            yield f"`{'.'.join(here)}` is {literal if len(literal) <= LONGEST_VALUE else literal[:LONGEST_VALUE] + '…'}"
 
 
 def _differs(value: object, expected: object) -> bool:

@@ -215,9 +215,9 @@ class Forwards:
                 else OtherInputsError(f"it takes `{other}`, and no text")
             )
         kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-        for wanted in self._accepted.values():
-            if wanted.default is wanted.empty and wanted.kind not in kinds and wanted.name not in given:
-                raise OtherInputsError(f"it takes `{wanted.name}` besides text")
+        for parameter in self._accepted.values():
+            if parameter.default is parameter.empty and parameter.kind not in kinds and parameter.name not in given:
+                raise OtherInputsError(f"it takes `{parameter.name}` besides text")
 
     def _unlike(self, what: str) -> Exception:
         """Return the error for a model that differs from transformers' models as they were when this was tested."""

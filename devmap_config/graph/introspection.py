@@ -278,8 +278,8 @@ def resolve_class(class_name: str, config: PreTrainedConfig) -> Any:
     model_class = getattr(transformers, class_name, None)
     if model_class is None:
         close = RENAMED_CLASSES.get(class_name) or closest(class_name, dir(transformers))
-        meant = f"; did you mean `{close}`?" if close else ""
-        raise UnbuildableModelError(f"transformers {transformers.__version__} has no class `{class_name}`{meant}")
+        hint = f"; did you mean `{close}`?" if close else ""
+        raise UnbuildableModelError(f"transformers {transformers.__version__} has no class `{class_name}`{hint}")
     if not is_auto_class(model_class):
         return model_class
     mapping = model_mapping(model_class)  # the public `from_config` would build and initialise the model

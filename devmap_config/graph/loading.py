@@ -254,15 +254,15 @@ def _find_adapter(loaded: LoadedProfile) -> LoraAdapter | None:
     Raises:
         AdapterError: if there is none, or it cannot be used.
     """
-    wanted = loaded.profile.model.adapter
-    if wanted is None:
+    adapter = loaded.profile.model.adapter
+    if adapter is None:
         return None
-    return find_adapter(wanted.source.value, wanted.source.path, wanted.revision, loaded.boundary)
+    return find_adapter(adapter.source.value, adapter.source.path, adapter.revision, loaded.boundary)
 
 
 def _adapter_span(loaded: LoadedProfile) -> Span | None:
-    wanted = loaded.profile.model.adapter
-    return None if wanted is None else wanted.source.span
+    adapter = loaded.profile.model.adapter
+    return None if adapter is None else adapter.source.span
 
 
 def _adapter_digest(adapter: LoraAdapter | None) -> str | None:
@@ -326,11 +326,11 @@ def _built(inputs: GraphInputs, loaded: LoadedProfile, sink: Sink) -> ModelGraph
         )
         return None
     except UnbuildableModelError as error:
-        wanted = loaded.profile.model
+        model = loaded.profile.model
         sink.error(
             "unsupported-model",
             f"transformers cannot build this model: {error}",
-            wanted.class_name.span if wanted.class_name.value else wanted.source.span,
+            model.class_name.span if model.class_name.value else model.source.span,
             help=_building_advice(str(error)),
         )
         return None

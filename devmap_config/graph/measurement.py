@@ -262,17 +262,17 @@ class _Runner:
         those.
         """
         storages: dict[int, tuple[str, int]] = {}
-        shown: dict[str, int] = {}
+        elements_bytes: dict[str, int] = {}
         for tensor in tensors:
             serial = recorder.serial_of(tensor)
             module = recorder.maker.get(serial or -1, "")
-            shown[module] = shown.get(module, 0) + shown_bytes(tensor)
+            elements_bytes[module] = elements_bytes.get(module, 0) + shown_bytes(tensor)
             storages[serial or -1] = (module, tensor.untyped_storage().nbytes())
         held = {
             module: sum(held_bytes for made_by, held_bytes in storages.values() if made_by == module)
-            for module in shown
+            for module in elements_bytes
         }
-        for module, size_bytes in spread(shown, recorder.repeated).items():
+        for module, size_bytes in spread(elements_bytes, recorder.repeated).items():
             self.cost(module)["cache_bytes"] = size_bytes
         for module, size_bytes in spread(held, recorder.repeated).items():
             self.cost(module)["retained_bytes"] = max(size_bytes - self.cost(module)["cache_bytes"], 0)

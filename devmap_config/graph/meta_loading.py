@@ -94,23 +94,23 @@ def match_names(
             None, config=config, state_dict=stored, device_map={"": "meta"}, dtype=dtype, ignore_mismatched_sizes=True
         )
     info = reports[0]
-    wanted = model.state_dict()
+    expected_tensors = model.state_dict()
     reshaped = [
         TensorMismatch(name, _shown(stored_shape), _shown(expected))
         for name, stored_shape, expected in info.mismatched_keys
     ]
     unconverted = [TensorMismatch(name, "", "", _last_line(reason)) for name, reason in info.conversion_errors.items()]
     is_quantized = getattr(config, "quantization_config", None) is not None
-    other_kinds = _of_quantized(checkpoint, shapes) if is_quantized else _of_other_kinds(checkpoint, wanted)
+    other_kinds = _of_quantized(checkpoint, shapes) if is_quantized else _of_other_kinds(checkpoint, expected_tensors)
     mismatches = [*_gaps(checkpoint, model), *other_kinds, *unconverted, *reshaped]
     mismatched = {mismatch.name: mismatch for mismatch in mismatches}
     missing = tuple(sorted(set(info.missing_keys) - mismatched.keys()))
     return CheckpointMatch(
         class_name=type(model).__name__,
-        tensor_count=len(wanted),
-        absent=_absent_modules(wanted, missing),
+        tensor_count=len(expected_tensors),
+        absent=_absent_modules(expected_tensors, missing),
         missing=missing,
-        computed=tuple(sorted(lacking & wanted.keys() - set(info.missing_keys) - mismatched.keys())),
+        computed=tuple(sorted(lacking & expected_tensors.keys() - set(info.missing_keys) - mismatched.keys())),
         unexpected=tuple(sorted(info.unexpected_keys)),
         mismatched=tuple(sorted(mismatched.values())),
     )
@@ -201,5 +201,5 @@ def _shown(shape: Any) -> str:
 def _last_line(text: str) -> str:
     """Return the line of a traceback with torch's or transformers' own message."""
     lines = [line.strip() for line in str(text).splitlines() if line.strip()]
-    said = [line for line in lines if not line.startswith(("Traceback", "File", "^", "Error:"))]
-    return f"cannot be put together: {said[-1] if said else 'its conversion fails'}".rstrip(".")
+    messages = [line for line in lines if not line.startswith(("Traceback", "File", "^", "Error:"))]
+    return f"cannot be put together: {messages[-1] if messages else 'its conversion fails'}".rstrip(".")

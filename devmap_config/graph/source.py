@@ -229,15 +229,15 @@ def hub_source(
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
-    wanted = commit or revision
-    is_fixed = wanted is not None and COMMIT.fullmatch(wanted) is not None
+    requested = commit or revision
+    is_fixed = requested is not None and COMMIT.fullmatch(requested) is not None
     if must_ask and not is_fixed and not _hub_answers():
         raise ModelNotFoundError(
             f"the hub cannot be reached, and only it knows what `{repository}` is at `{revision or 'main'}` now"
         )
     access = _ACCESS.get(_AS_CONFIGURED)
     had_by: dict[str, Any] = {"cache_dir": access.cache_dir, "token": access.token}
-    download = partial(hf_hub_download, repository, "config.json", revision=wanted, **had_by)
+    download = partial(hf_hub_download, repository, "config.json", revision=requested, **had_by)
     try:
         try:
             # A commit never changes, so the cache is read first. A branch is resolved by the hub.

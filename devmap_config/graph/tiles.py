@@ -55,11 +55,11 @@ def tiles_of_image(source: ModelSource, height: int, width: int, boundary: Bound
     """
     import transformers
 
-    name, told = TILING[source.config["model_type"]]
+    name, overrides = TILING[source.config["model_type"]]
     settings = _settings(source, boundary)
     processor = getattr(transformers, f"{name}Pil", None) or getattr(transformers, name)
     try:
-        count = processor(**settings).get_number_of_image_patches(height, width, dict(told))
+        count = processor(**settings).get_number_of_image_patches(height, width, dict(overrides))
     except ImportError as error:
         raise UnknownTilesError(f"`{name}` needs a package (`pip install pillow`): {first_line(error)}") from error
     except Exception as error:  # invalid settings may raise anything

@@ -25,22 +25,22 @@ def workload_of(loaded: LoadedProfile, source: ModelSource, before: WorkloadShap
         UnknownTilesError: if images are cut into tiles, and their number follows neither from the processor's files nor
             from the workload of a measurement `before`.
     """
-    wanted = loaded.profile.workload
-    if (context_length := wanted.context_length.value) is None:
+    workload = loaded.profile.workload
+    if (context_length := workload.context_length.value) is None:
         return None
-    inputs, size = wanted.inputs, wanted.inputs.image_size
+    inputs, size = workload.inputs, workload.inputs.image_size
     proposed = 0 if loaded.profile.model.assistant is None else PROPOSED_TOKENS  # the first forward takes these, too
-    prompt_length = wanted.prompt_length or context_length
-    if loaded.profile.is_for_vllm and wanted.prompt_length is None:
-        prompt_length = max(min(prompt_length, VLLM_BATCHED_TOKENS // wanted.batch_size), 1)
+    prompt_length = workload.prompt_length or context_length
+    if loaded.profile.is_for_vllm and workload.prompt_length is None:
+        prompt_length = max(min(prompt_length, VLLM_BATCHED_TOKENS // workload.batch_size), 1)
     return WorkloadShape(
-        batch_size=wanted.batch_size,
+        batch_size=workload.batch_size,
         context_length=context_length,
         prompt_length=min(prompt_length + proposed, context_length),
-        all_logits=wanted.logits == "all",
-        cache=wanted.cache.implementation,
-        cache_backend=wanted.cache.backend,
-        cache_bits=wanted.cache.bits,
+        all_logits=workload.logits == "all",
+        cache=workload.cache.implementation,
+        cache_backend=workload.cache.backend,
+        cache_bits=workload.cache.bits,
         images=inputs.images or 0,
         image_height=size[0] if size else None,
         image_width=size[-1] if size else None,

@@ -74,16 +74,16 @@ def nearest(name: str, catalogue: Mapping[str, Accelerator] | None = None) -> st
     ('rtx-4090', 'h100-sxm')
     """
     names = list(load_catalogue() if catalogue is None else catalogue)
-    wanted = _spelling(name)
-    if not wanted:
+    spelling = _spelling(name)
+    if not spelling:
         return None
     spellings = {_spelling(known): known for known in reversed(names)}
-    if wanted in spellings:
-        return spellings[wanted]
-    beginning = [known for known in names if _spelling(known).startswith(wanted)]
+    if spelling in spellings:
+        return spellings[spelling]
+    beginning = [known for known in names if _spelling(known).startswith(spelling)]
     if beginning:
         return beginning[0]
-    close = difflib.get_close_matches(wanted, spellings, n=1, cutoff=0.6)
+    close = difflib.get_close_matches(spelling, spellings, n=1, cutoff=0.6)
     return spellings[close[0]] if close else None
 
 

@@ -231,12 +231,12 @@ def _accelerator(device: Device, section: DeviceSection, sink: Sink) -> Accelera
         described = device_text(section.changed(accelerator=None, **given))
         message, help = f"{device} is not an accelerator", f"write `{device}: {described}`"
     elif accelerator is None:
-        meant = nearest(named.value)
+        close = nearest(named.value)
         message = f"the catalogue has no accelerator `{named.value}`"
         if memory:
             help = f"write `{device}: {{memory: {memory}}}`"
-        elif meant:
-            help = f"did you mean `{meant}`? `devmap hardware` lists them all"
+        elif close:
+            help = f"did you mean `{close}`? `devmap hardware` lists them all"
         else:
             help = f"describe it: `{device}: {{memory: 12GiB, bandwidth: 650GB/s, flops: 110TFLOP/s}}`"
     elif accelerator.kind != device.kind:

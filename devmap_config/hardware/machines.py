@@ -73,8 +73,8 @@ def _accelerator(text: str) -> tuple[str, dict[str, str]]:
             raise
         if text.isdigit() and len(text) < 4 and nearest(text) is None:
             raise UnknownMachineError(f"`{text}` has no unit: write `{text}GiB`") from None
-        meant = nearest(text)
-        advice = f"did you mean `{meant}`?" if meant else "`devmap hardware` lists them"
+        close = nearest(text)
+        advice = f"did you mean `{close}`?" if close else "`devmap hardware` lists them"
         raise UnknownMachineError(f"the catalogue has no accelerator `{text}` ({advice})") from None
 
 

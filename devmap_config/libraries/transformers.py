@@ -174,11 +174,11 @@ def kept_dtypes(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, torch.d
     if not plan:
         return {}
     alternation, pattern_of_group, _ = GLOB_ALTERNATION.find()(list(plan))
-    kept: dict[str, torch.dtype] = {}
+    dtypes: dict[str, torch.dtype] = {}
     for name, value in model.state_dict().items():
         if value.is_floating_point() and (match := alternation.search(name)):
-            kept[name] = plan[pattern_of_group[match.lastgroup]]
-    return kept
+            dtypes[name] = plan[pattern_of_group[match.lastgroup]]
+    return dtypes
 
 
 # -- experts -----------------------------------------------------------------------------------------------------------
@@ -226,8 +226,8 @@ QUANTIZATION_CONFIG = Private(
 
 def modules_not_converted(model: PreTrainedModel, skipped: list[str] | None, *, add_default_skips: bool) -> list[str]:
     """Return the patterns of modules that are not converted, by the rule of transformers' quantizers."""
-    kept: list[str] = NOT_CONVERTED.find()(model, skipped, KEEP_IN_FP32.of(model), add_default_skips)
-    return kept
+    patterns: list[str] = NOT_CONVERTED.find()(model, skipped, KEEP_IN_FP32.of(model), add_default_skips)
+    return patterns
 
 
 def should_convert_module(name: str, kept: list[str]) -> bool:

@@ -77,8 +77,8 @@ def blocks_per_request(
         if window is None:
             total += -(-context_length // block_size)
         else:
-            kept = min(window - 1 + tokens_in_flight, context_length)
-            total += -(-kept // block_size) + 1
+            tokens = min(window - 1 + tokens_in_flight, context_length)
+            total += -(-tokens // block_size) + 1
     return total
 
 

@@ -77,8 +77,8 @@ class Layers:
         """Return the cache of each layer on one rank of a group: the keys and values of its share of heads, at least of
         one.
         """
-        kept = max(1, self.key_value_heads // ranks)
-        token_bytes = 2 * kept * self.head_size * self.element_bytes
+        heads = max(1, self.key_value_heads // ranks)
+        token_bytes = 2 * heads * self.head_size * self.element_bytes
         return tuple(LayerCache(token_bytes=token_bytes, window=window) for window in self.windows)
 
     def check_caches(self, measurement: Measurement) -> None:
@@ -172,11 +172,11 @@ class Layers:
             return size_bytes if _is_bias(tensor) else size_bytes // ranks
         if kind != "column":
             return size_bytes // ranks if tensor.name.endswith(".sinks") else size_bytes
-        kept = max(1, self.key_value_heads // ranks)
+        heads = max(1, self.key_value_heads // ranks)
         if _is_of_keys(tensor):
-            return size_bytes * kept // self.key_value_heads
+            return size_bytes * heads // self.key_value_heads
         if _owner(tensor) in FUSED_HEADS:
-            return size_bytes * (self.heads // ranks + 2 * kept) // (self.heads + 2 * self.key_value_heads)
+            return size_bytes * (self.heads // ranks + 2 * heads) // (self.heads + 2 * self.key_value_heads)
         return size_bytes // ranks
 
 

@@ -82,13 +82,16 @@ class Wishes:
             yield tuple(own)
             return
         before, behind = (tuple(slot for slot in own if end_of(slot, self) == end) for end in (-1, 1))
-        wanted = [slot for slot in between if any(device.id in self.needed for device in slot)]
-        others = [slot for slot in between if slot not in wanted]
+        needed_slots = [slot for slot in between if any(device.id in self.needed for device in slot)]
+        others = [slot for slot in between if slot not in needed_slots]
         alike: dict[object, list[Slot]] = {}
         for slot in others:
             alike.setdefault(kind_of(slot, self.devices), []).append(slot)
         seen = set()
-        for queues in ([wanted, others], [wanted, *alike.values()]):  # first the orders in which the others keep theirs
+        for queues in (
+            [needed_slots, others],
+            [needed_slots, *alike.values()],
+        ):  # first the orders in which the others keep theirs
             for order in _merged(queues, between):
                 key = tuple(slot[0].id for slot in order)
                 if key not in seen:

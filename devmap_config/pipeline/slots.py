@@ -157,15 +157,15 @@ def _of_hosts(
     for place in reversed(range(len(hosts))):
         room = most - count * sum(is_needed[:place])
         without: tuple[tuple[Slot, ...], ...] = () if is_needed[place] else ((),)
-        kept: dict[tuple[int, ...], tuple[Slot, ...]] = {}
+        partial_choices: dict[tuple[int, ...], tuple[Slot, ...]] = {}
         for own in chain(_subsets(hosts[place], count, needed, kinds), without):
             alike = tuple(kinds[slot[0].id] for slot in own)
             for key, rest in following:
                 if len(own) + len(rest) <= room:
-                    kept.setdefault(alike + key, own + rest)
-            if len(kept) > MOST_CHOICES + 1:  # one of them has no stage
+                    partial_choices.setdefault(alike + key, own + rest)
+            if len(partial_choices) > MOST_CHOICES + 1:  # one of them has no stage
                 break
-        following = list(kept.items())
+        following = list(partial_choices.items())
     yield from (chosen for _, chosen in following if chosen)
 
 

@@ -126,11 +126,11 @@ def _kinds(config: Mapping[str, Any], family: str, window: object, count: int) -
     if family in FIRST_FULL:
         return [SLIDING if number % FIRST_FULL[family] else FULL for number in range(count)]
     if family in EVERY_FULL:
-        every = config.get(PATTERN_KEYS.get(family, ""))
-        every = EVERY_FULL[family] if every is None else every
-        if not isinstance(every, int) or every < 1:
-            raise UnknownWindowsError(f"which of its layers see a window is not known by `{every}`")
-        return [SLIDING if (number + 1) % every else FULL for number in range(count)]
+        period = config.get(PATTERN_KEYS.get(family, ""))
+        period = EVERY_FULL[family] if period is None else period
+        if not isinstance(period, int) or period < 1:
+            raise UnknownWindowsError(f"which of its layers see a window is not known by `{period}`")
+        return [SLIDING if (number + 1) % period else FULL for number in range(count)]
     if window is None or family in ALL_FULL:
         return [FULL] * count
     if family in EVERY_SLIDING:

@@ -74,8 +74,8 @@ def _constrained(prepared: Prepared, sink: Sink, together: tuple[tuple[TensorNam
     graph, resolution, quantization = prepared.graph, prepared.resolution, prepared.model.quantization
     pinned: dict[TensorName, Device] = {}
     adapted = [tuple(tensor.name for tensor in module.own_tensors) for module in graph.adapted_modules]
-    kept = [*graph.tied_groups, *adapted, *(names for _, names in resolution.groups), *together]
-    for group in _united(kept, graph):
+    groups = [*graph.tied_groups, *adapted, *(names for _, names in resolution.groups), *together]
+    for group in _united(groups, graph):
         deciding = [resolution.decisions[name] for name in group if name in resolution.decisions]
         if not deciding:
             continue
@@ -258,10 +258,10 @@ def _check_covered(loaded: LoadedProfile, problem: Problem, sink: Sink) -> None:
         return
     covered = {name: name in problem.pinned for name in problem.graph.tensors}
     patterns = fold_paths(unit.name for unit, is_covered in fold(problem.graph, covered) if not is_covered)
-    shown = ", ".join(f"`{pattern}`" for pattern in patterns[:4]) + (", …" if len(patterns) > 4 else "")
+    listed = ", ".join(f"`{pattern}`" for pattern in patterns[:4]) + (", …" if len(patterns) > 4 else "")
     sink.error(
         "uncovered-tensor",
-        f"the map gives no device to {len(uncovered)} tensor{'s' if len(uncovered) > 1 else ''}: {shown}",
+        f"the map gives no device to {len(uncovered)} tensor{'s' if len(uncovered) > 1 else ''}: {listed}",
         loaded.profile.placement.device_map.key_span,
         help=f'add `"{patterns[0]}": 0`, or whatever device is right, for each of them',
     )

@@ -28,11 +28,11 @@ def executors_for(prepared: Prepared) -> tuple[Executor, ...]:
     Buffers are offloaded only if nothing fits otherwise. With an unknown quantizer they always are: whether it holds
     weights in parameters or in buffers, these are then streamed as the plan counts them.
     """
-    asked, model = prepared.loaded.profile.placement.offload.buffers.value, prepared.model
+    offloads_buffers, model = prepared.loaded.profile.placement.offload.buffers.value, prepared.model
     if model.quantization is not None and model.quantization.method.offloads_buffers:
         return (OFFLOADED,)
-    if asked is not None:
-        return (OFFLOADED if asked else LEFT,)
+    if offloads_buffers is not None:
+        return (OFFLOADED if offloads_buffers else LEFT,)
     if not model.is_counted:
         return (OFFLOADED,)
     ahead: tuple[Executor, ...] = ()

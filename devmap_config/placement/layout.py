@@ -48,10 +48,10 @@ def laid_out(program: Program, values: Sequence[int], runs: Runs | None = None) 
         if position not in choice:
             number, member = member_at[position]
             homes = [option.home for option in program.classes[number].options]
-            wanted = places.get(position, home)
+            preferred_home = places.get(position, home)
             index = min(
                 (index for index in range(len(homes)) if left[number, index] > 0),
-                key=lambda index: (homes[index] != wanted, -on_home[homes[index]], index),
+                key=lambda index: (homes[index] != preferred_home, -on_home[homes[index]], index),
             )
             left[number, index] -= 1
             on_home[homes[index]] -= 1

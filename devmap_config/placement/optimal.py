@@ -140,7 +140,7 @@ def place_fewest_devices(problem: Problem, aim: Aim) -> Optimal | None:
     wished = None if aim.phases else ContextWish()
     devices = {device.id: device for device in aim.inventory.devices}
     pinned = set(problem.pinned.values())
-    kept = [device for device in problem.capacities if device in pinned]
+    required = [device for device in problem.capacities if device in pinned]
     alike: dict[object, list[Device]] = {}
     for accelerator in problem.accelerators:
         if accelerator not in pinned:
@@ -153,7 +153,7 @@ def place_fewest_devices(problem: Problem, aim: Aim) -> Optimal | None:
     for counts in sets:
         if fewest is not None and sum(counts) > fewest:
             break
-        chosen = {*kept, *(device for kind, count in zip(kinds, counts, strict=True) for device in kind[:count])}
+        chosen = {*required, *(device for kind, count in zip(kinds, counts, strict=True) for device in kind[:count])}
         capacities = {device: size for device, size in problem.capacities.items() if device in chosen}
         if sum(capacities.values()) < least_bytes or not any(device.is_accelerator for device in capacities):
             continue

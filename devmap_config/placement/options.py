@@ -65,8 +65,8 @@ class OptionBuilder:
     @cached_property
     def accelerators(self) -> tuple[Device, ...]:
         """The accelerators that may be used: the main device and later ones."""
-        every = self.problem.accelerators
-        return every[every.index(self.main_device) :] if every else ()
+        accelerators = self.problem.accelerators
+        return accelerators[accelerators.index(self.main_device) :] if accelerators else ()
 
     @cached_property
     def timings(self) -> list[tuple[Timing, int]]:

@@ -169,7 +169,8 @@ def _shared_options(blocks: list[Block]) -> Iterator[_Way]:
         if all(place in indices for indices in by_place):
             either = [indices[place] for indices in by_place]
             choices = (
-                tuple(options.get(wanted, options.get(not wanted, 0)) for options in either) for wanted in (False, True)
+                tuple(options.get(offloads, options.get(not offloads, 0)) for options in either)
+                for offloads in (False, True)
             )
             for choice in dict.fromkeys(choices):
                 yield choice, together([block.options[index] for block, index in zip(blocks, choice, strict=True)])

@@ -275,9 +275,9 @@ class _Filling:
         inside = {tensor.name.removeprefix(f"{path}."): tensor for tensor in node.tensors()}
         if not any(name in unplaced for name in inside):
             return []
-        kept = [tensor for name, tensor in inside.items() if name not in unplaced]
-        kept.sort(key=lambda tensor: tensor.kind == "buffer")  # parameters first, as they are registered
-        return [(tensor.name, tensor) for tensor in kept]
+        remaining_tensors = [tensor for name, tensor in inside.items() if name not in unplaced]
+        remaining_tensors.sort(key=lambda tensor: tensor.kind == "buffer")  # parameters first, as they are registered
+        return [(tensor.name, tensor) for tensor in remaining_tensors]
 
     def _queued_modules(self) -> list[_Item]:
         return [item for item in self._queue if isinstance(item[1], Module)]

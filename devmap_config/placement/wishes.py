@@ -142,8 +142,8 @@ def _copied_in(program: Program, _: Milp) -> Terms:
 
 def _devices_used(program: Program, milp: Milp) -> Terms:
     """Count the devices on which blocks run."""
-    every = set(range(len(program.chain.blocks)))
-    return {use_of(program, milp, device, every): 1 for device in program.chain.devices}
+    positions = set(range(len(program.chain.blocks)))
+    return {use_of(program, milp, device, positions): 1 for device in program.chain.devices}
 
 
 def _late_devices(program: Program, milp: Milp) -> Terms:

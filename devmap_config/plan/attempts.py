@@ -62,7 +62,7 @@ def attempts(problem: Problem, prepared: Prepared) -> list[Candidate | Obstacle]
 def _attempt(problem: Problem, prepared: Prepared) -> Candidate | Obstacle:
     """Place the problem until no tensor is stranded and loading fits; report the first obstacle, which says most."""
     obstacle: Obstacle = ()
-    kept: dict[TensorName, Device] = {}
+    moved: dict[TensorName, Device] = {}
     lowered_bytes: Mapping[Device, int] = {}
     while True:
         placed = place(problem, prepared.strategy)
@@ -70,12 +70,12 @@ def _attempt(problem: Problem, prepared: Prepared) -> Candidate | Obstacle:
             return obstacle or placed
         plan = _assembled(placed, problem, prepared)
         if stranded := _stranded(plan, problem):
-            kept |= stranded
+            moved |= stranded
             problem = keeping(problem, stranded)
             continue
         findings = review(plan, prepared)
         if not any(finding.is_error for finding in findings):
-            return Candidate(plan, kept)
+            return Candidate(plan, moved)
         obstacle = obstacle or _told_of_budgets(findings, placed.budgets, prepared.strategy)
         lowered_bytes = _lowered_for_loading(plan, problem.capacities, lowered_bytes)
         capacities = {device: size - lowered_bytes.get(device, 0) for device, size in problem.capacities.items()}

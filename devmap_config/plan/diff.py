@@ -128,10 +128,10 @@ def made_of(values: Mapping[str, Values], hardware: Mapping[str, Mapping[str, An
     """
     if "profile" not in values:
         return {}
-    asked = {name: values["profile"].get(route) for name, route in ASKED.items()}
+    settings = {name: values["profile"].get(route) for name, route in ASKED.items()}
     config = {f"config.{route}": value for route, value in values.get("config", {}).items()}
     cards = {id: card["accelerator"] or format_bytes(card["memory_bytes"]) for id, card in hardware.items()}
-    return asked | config | cards
+    return settings | config | cards
 
 
 def _changed_subjects(before: Mapping[str, Scalar], after: Mapping[str, Scalar]) -> dict[str, ValueChange]:
@@ -219,10 +219,10 @@ def rates_in_words(diff: Mapping[str, Any]) -> str:
     """Return a sentence about the basis of the times of two plans, from a `Difference` as plain data; empty if
     unknown.
     """
-    said = {side: words for side in ("before", "after") if (words := _rates_of_side(diff, side))}
-    if len(set(said.values())) == 1:
-        return f"these times rest on {next(iter(said.values()))}"
-    return ", ".join(f"the times {side} rest on {words}" for side, words in said.items())
+    sentences = {side: words for side in ("before", "after") if (words := _rates_of_side(diff, side))}
+    if len(set(sentences.values())) == 1:
+        return f"these times rest on {next(iter(sentences.values()))}"
+    return ", ".join(f"the times {side} rest on {words}" for side, words in sentences.items())
 
 
 def _rates_of_side(diff: Mapping[str, Any], side: str) -> str:
@@ -246,8 +246,8 @@ def _changed_stages(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict
 def _changed_caches(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, ValueChange]:
     """Return the difference of the modules whose cache two plans have on the CPU, if the plans decide that."""
     listed = (plan.get("offloaded_caches") for plan in (before, after))
-    said = [None if paths is None else ", ".join(fold_paths(paths)) or "none" for paths in listed]
-    return {} if said[0] == said[1] else {"caches on the CPU": ValueChange(*said)}
+    caches = [None if paths is None else ", ".join(fold_paths(paths)) or "none" for paths in listed]
+    return {} if caches[0] == caches[1] else {"caches on the CPU": ValueChange(*caches)}
 
 
 def _said_of_stages(pipeline: Mapping[str, Any] | None) -> dict[str, str]:

@@ -124,8 +124,8 @@ def reuse_locked_plan(lock: Lock, prepared: Prepared, inputs: InputDigests) -> R
         stated = {name: lock.plan["prediction"].get(name) for name in PROVEN}
         return ReusedPlan(replace(plan, prediction=replace(plan.prediction, **stated)))
     moved = moved_figures(lock.plan, plan.to_json())
-    told = [*([f"{versions} moves {', '.join(moved)}"] if moved else []), *([other] if other else [])]
-    return ReusedPlan(plan, "; ".join(told) or None)
+    reasons = [*([f"{versions} moves {', '.join(moved)}"] if moved else []), *([other] if other else [])]
+    return ReusedPlan(plan, "; ".join(reasons) or None)
 
 
 def report_moved_figures(reused: ReusedPlan, loaded: LoadedProfile, sink: Sink) -> None:

@@ -347,7 +347,7 @@ def _report_no_room(problem: PipelineProblem, prepared: Prepared, sink: Sink) ->
     """Report that not all requests fit: how many tokens do, and which stage limits them; or that the weights do not."""
     workload = prepared.loaded.profile.workload
     widest = widest_place(problem)
-    asked = f"{counted(problem.sequences, 'request')} of {problem.context_length:,} tokens"
+    requests = f"{counted(problem.sequences, 'request')} of {problem.context_length:,} tokens"
     if widest is None:
         _report_no_stages(problem, prepared, sink)
         return
@@ -357,7 +357,7 @@ def _report_no_room(problem: PipelineProblem, prepared: Prepared, sink: Sink) ->
     most = _most_requests(problem, widest)
     sink.error(
         "over-capacity",
-        f"{asked} take a cache of {needed:,} tokens, and there is room for {pipeline.cache_tokens:,}: stage"
+        f"{requests} take a cache of {needed:,} tokens, and there is room for {pipeline.cache_tokens:,}: stage"
         f" {pipeline.deciding_stage} decides, layers {stage.first_layer} to {stage.last_layer} on"
         f" {stage.devices[0]}{_of_processes(problem)}",
         workload.context_length.span,

@@ -80,11 +80,11 @@ def differences(
     With `disk_may_be_read_in_place`, too little disk is a warning, as weights planned for it may be read from the
     checkpoint without being written again.
     """
-    wanted = demands(lock, seen)
-    findings = [*_missing(lock, seen, wanted)]
+    needs = demands(lock, seen)
+    findings = [*_missing(lock, seen, needs)]
     if not findings:
         findings += _other_cards(lock, seen)
-    for demand in wanted:
+    for demand in needs:
         if demand.device == DISK:
             findings += _disk(demand, may_be_read_in_place=disk_may_be_read_in_place)
         else:
@@ -133,15 +133,15 @@ def _demand(device: Device, needed_bytes: int, lock: Lock, seen: SeenMachine) ->
 
 
 def _missing(lock: Lock, seen: SeenMachine, wanted: tuple[Demand, ...]) -> Iterator[Diagnostic]:
-    there = [card.id for card in seen.accelerators]
-    missing = [demand.device for demand in wanted if demand.device.is_accelerator and demand.device not in there]
+    present = [card.id for card in seen.accelerators]
+    missing = [demand.device for demand in wanted if demand.device.is_accelerator and demand.device not in present]
     kind = kind_needed(lock)
     advice = "compile a profile that describes this machine, or run on the one that this profile describes"
     if missing and seen.kind not in (None, kind):
-        message = f"the plan is for {kind} devices, and this machine has {', '.join(map(str, there))}"
+        message = f"the plan is for {kind} devices, and this machine has {', '.join(map(str, present))}"
         yield Diagnostic.error("other-accelerators", message, help=advice)
     elif missing:
-        number = f"the number of {kind} devices of this machine is {len(there)}"
+        number = f"the number of {kind} devices of this machine is {len(present)}"
         yield Diagnostic.error(
             "device-missing", f"the plan uses {', '.join(map(str, missing))}, and {number}", help=advice
         )

@@ -65,12 +65,12 @@ class _RemedySearch:
         rules = tuple(dict.fromkeys(decision.rule for decision in self.prepared.resolution.decisions.values()))
         if not rules or not self.trials.compiles(ProfileChange(without=rules)):
             return ()
-        kept = sorted(rules, key=lambda rule: rule.span)
-        for rule in tuple(kept):
-            others = [other for other in kept if other is not rule]
+        pins = sorted(rules, key=lambda rule: rule.span)
+        for rule in tuple(pins):
+            others = [other for other in pins if other is not rule]
             if not self.trials.fits(ProfileChange(without=tuple(rule for rule in rules if rule not in others))):
-                kept = others
-        return tuple(kept)
+                pins = others
+        return tuple(pins)
 
     def dropped_pins(self, pins: tuple[Rule, ...]) -> list[str]:
         return [

@@ -131,14 +131,14 @@ class Devices:
         threads = 1 if dtype == "float32" else self._threads  # for one token, BLAS uses one thread
         reading = self._seconds(partial(self._multiply, weights, 1), CPU, threads=threads)
         sizes = " and ".join(f"{width} by {width}" for width in LAYER_WIDTHS)
-        said = f"{dtype} linear layers of {sizes}"
-        bandwidth = Rate.of(size_bytes, reading, f"{len(weights)} {said}, one token")
+        method = f"{dtype} linear layers of {sizes}"
+        bandwidth = Rate.of(size_bytes, reading, f"{len(weights)} {method}, one token")
         few = weights[: len(LAYER_WIDTHS)]
         besides = sum(weight.nbytes for weight in few) / bandwidth.per_second
         multiplying = self._seconds(partial(self._multiply, few, LAYER_TOKENS), CPU, threads=self._threads)
         computing = [max(seconds - besides, seconds / 2) for seconds in multiplying]
         operations = 2 * LAYER_TOKENS * sum(weight.numel() for weight in few)
-        flops = Rate.of(operations, computing, f"{said}, {LAYER_TOKENS} tokens, beside reading them")
+        flops = Rate.of(operations, computing, f"{method}, {LAYER_TOKENS} tokens, beside reading them")
         one_token, prompt = (
             self._products(dtype, available_bytes, tokens, bandwidth, flops, threads=count)
             for tokens, count in ((1, threads), (NARROW_TOKENS, self._threads))
@@ -185,8 +185,8 @@ class Devices:
         attend = partial(torch_attention(), is_causal=is_prefill, enable_gqa=True)
         threads = min(self._threads, HEADS)  # for one query, each thread has at least one head
         seconds = self._seconds(lambda: [attend(query, *cache) for cache in caches], CPU, threads=threads)
-        asked = f"{queries} queries" if is_prefill else "a query"
-        method = f"{asked} of {HEADS} heads, {tokens} tokens of {SHARED_HEADS} heads, bfloat16"
+        queries_in_words = f"{queries} queries" if is_prefill else "a query"
+        method = f"{queries_in_words} of {HEADS} heads, {tokens} tokens of {SHARED_HEADS} heads, bfloat16"
         return Rate.of(4 * count * HEADS * queries * tokens * HEAD_WIDTH, seconds, method)
 
     def experts(self, available_bytes: int) -> Rate:

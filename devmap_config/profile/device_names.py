@@ -177,6 +177,6 @@ def where_to_list(device: Device, listed: Collection[Device]) -> str:
         return f"name its host as well: {', '.join(f'`{other}`' for other in named)}"
     of_hosts = any(other.host is not None for other in listed)
     close = closest(str(device), map(str, listed)) if of_hosts else None
-    meant = f"did you mean `{close}`? " if close is not None and device.host is not None else ""
+    hint = f"did you mean `{close}`? " if close is not None and device.host is not None else ""
     key = "the devices of its host" if of_hosts else "`hardware.devices`"
-    return f"{meant}list it under {key}; listed are {', '.join(map(str, listed))}"
+    return f"{hint}list it under {key}; listed are {', '.join(map(str, listed))}"

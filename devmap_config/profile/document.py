@@ -298,8 +298,8 @@ class _Composer:
     def check_tag(self, event: ScalarEvent | MappingStartEvent | SequenceStartEvent) -> None:
         allowed = (None, "!", "tag:yaml.org,2002:str") if isinstance(event, ScalarEvent) else (None,)
         if event.tag not in allowed:
-            shown = str(event.tag).replace("tag:yaml.org,2002:", "!!")
-            self.refuse(f"the tag `{shown}` is not allowed in a profile", event, "remove it")
+            tag = str(event.tag).replace("tag:yaml.org,2002:", "!!")
+            self.refuse(f"the tag `{tag}` is not allowed in a profile", event, "remove it")
 
     def refuse_unquoted(self, event: Any, message: str, help: str) -> NoReturn:
         """Stop parsing at a pattern that lacks its quotes, or else with this message."""

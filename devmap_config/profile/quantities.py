@@ -186,8 +186,8 @@ def parse_flops(text: str) -> int:
     if unit is None:
         return _whole(text, number, example)
     if unit not in FLOP_UNITS:
-        meant = next((known for known in FLOP_UNITS if known[:5] == unit.upper()[:5]), None)
-        help = f"write `{text.removesuffix(unit).strip()}{meant}`" if meant else f"units are {_names(FLOP_UNITS)}"
+        close = next((known for known in FLOP_UNITS if known[:5] == unit.upper()[:5]), None)
+        help = f"write `{text.removesuffix(unit).strip()}{close}`" if close else f"units are {_names(FLOP_UNITS)}"
         raise QuantityError(f"`{unit}` is not a unit of compute", help)
     return _whole(text, number * FLOP_UNITS[unit], example)
 

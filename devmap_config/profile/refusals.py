@@ -100,15 +100,15 @@ class Refusals:
             return
         for key in unknown:
             self.report("unknown-key", f"unknown key `{key}`{within}", keys[key].span, self.advice_on_key(key, section))
-        meant = {key_meant(key, section.__name__, fields) or closest(key, fields) or key for key in unknown}
+        intended = {key_meant(key, section.__name__, fields) or closest(key, fields) or key for key in unknown}
         if section.__name__ == "Hardware" and any(is_device_name(key) for key in unknown):
-            meant.add("devices")
+            intended.add("devices")
         replaced = {key for key, other in getattr(section, "ALTERNATIVES", {}).items() if other in value}
         missing = {key for key, field in fields.items() if field.is_required() and key not in value} - replaced
-        self.doubted |= {f"{place.route}.{key}".removeprefix(".") for key in meant | missing}
+        self.doubted |= {f"{place.route}.{key}".removeprefix(".") for key in intended | missing}
         may_be_elsewhere = self.is_incomplete and "[" not in place.route  # no other file completes an item
         for key in fields if not may_be_elsewhere else ():
-            if key in missing - meant:
+            if key in missing - intended:
                 message = f"`{key}` is empty" if key in keys else f"`{key}` is missing{within}"
                 self.sink.error("missing-key", message, (keys.get(key) or place).span, help=ADVICE.get(key))
 
@@ -164,8 +164,8 @@ class Refusals:
                 message = context["message"].replace("{route}", route)
                 self.report(cast("ErrorCode", kind), message, given.place.span, context["help"])
             else:
-                wanted = TYPES[kind].format(**context)
-                message = f"{route} must be {wanted}, not {_found(node)}"
+                expected = TYPES[kind].format(**context)
+                message = f"{route} must be {expected}, not {_found(node)}"
                 if kind == "too_short":
                     message = f"{route} must not be empty"
                 is_item = given is not value and isinstance(value, WrittenList) and given in value
@@ -209,5 +209,5 @@ def _advice_on_type(kind: str, value: Written, field: FieldInfo | None) -> str:
     if field is None or not field.examples or key is None:
         return "`devmap schema` prints what each key takes"
     example = field.examples[0]
-    shown = json.dumps(example) if isinstance(example, (dict, list, bool)) else str(example)
-    return f"for example `{key.text}: {shown}`"
+    example_text = json.dumps(example) if isinstance(example, (dict, list, bool)) else str(example)
+    return f"for example `{key.text}: {example_text}`"

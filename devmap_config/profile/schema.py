@@ -230,8 +230,8 @@ class Cache(Section):
 
     @model_serializer
     def _as_written(self) -> object:
-        said = {"backend": self.backend, "bits": self.bits}
-        more = {key: value for key, value in said.items() if value is not None}
+        values = {"backend": self.backend, "bits": self.bits}
+        more = {key: value for key, value in values.items() if value is not None}
         return {"implementation": self.implementation, **more} if more else self.implementation
 
     def __eq__(self, other: object) -> bool:

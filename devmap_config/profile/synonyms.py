@@ -113,10 +113,10 @@ def line_for_key(key: str, section: str) -> str | None:
     if key.lower() in LINES:
         return LINES[key.lower()]
     routes = [route.split(".") for route, words in WORDS.items() if key.lower() in words.split()]
-    meant = {(owner, name) for owner, name in routes if owner in SECTION_KEYS and owner != section}
-    if len(meant) != 1:
+    routes_meant = {(owner, name) for owner, name in routes if owner in SECTION_KEYS and owner != section}
+    if len(routes_meant) != 1:
         return None  # `path` is a word for several keys
-    ((owner, name),) = meant
+    ((owner, name),) = routes_meant
     return f"write `{name}` under `{SECTION_KEYS[owner]}`"
 
 

@@ -40,15 +40,15 @@ def effective_quantization(
     text_config = config.get("text_config")
     nested = text_config.get("quantization_config") if isinstance(text_config, dict) else None
     of_checkpoint = config.get("quantization_config") or nested
-    asked = {name: value for name, value in (own or {}).items() if name != "method"}
+    own_arguments = {name: value for name, value in (own or {}).items() if name != "method"}
     if isinstance(of_checkpoint, dict) and isinstance(of_checkpoint.get("quant_method"), str):
         method = _method(of_checkpoint["quant_method"])
         arguments = {name: value for name, value in of_checkpoint.items() if name != "quant_method"}
         if own and own["method"] == method.name:
-            arguments |= {name: asked[name] for name in method.loading_arguments if name in asked}
+            arguments |= {name: own_arguments[name] for name in method.loading_arguments if name in own_arguments}
         is_prequantized = True
     elif own:
-        method, arguments, is_prequantized = _method(str(own["method"])), asked, False
+        method, arguments, is_prequantized = _method(str(own["method"])), own_arguments, False
     else:
         return None
     if method.needs_accelerator and not has_accelerator:

@@ -181,12 +181,12 @@ TIMES = {"token": "a token", "prefill": "a prefill", "load": "loading"}
 
 def comparisons_of(cases: Sequence[Mapping[str, Any]]) -> tuple[MeasuredBar, ...]:
     """Return the figures of receipts that were both predicted and measured."""
-    shown = {**MEMORY, **PROCESS, **TIMES}
+    labels = {**MEMORY, **PROCESS, **TIMES}
     return tuple(
         _comparison(case, figure)
         for case in cases
         for figure in case["figures"]
-        if figure["predicted"] is not None and figure["seen"] is not None and figure["name"] in shown
+        if figure["predicted"] is not None and figure["seen"] is not None and figure["name"] in labels
         if not (figure["device"] == str(CPU) and figure["name"] in OF_TENSORS and _tells_of_the_process(case))
     )
 

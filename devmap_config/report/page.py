@@ -422,5 +422,5 @@ def _figure_changes(diff: Mapping[str, Any]) -> Iterator[Mapping[str, str]]:
         change = diff["prediction"][name]
         before, after = change["before"], change["after"]
         if before is not None or after is not None:
-            shown = {side: "–" if change[side] is None else show(change[side]) for side in ("before", "after")}
-            yield {"name": words, **shown, "share": "" if name == "hops" else format_change(before, after)}
+            texts = {side: "–" if change[side] is None else show(change[side]) for side in ("before", "after")}
+            yield {"name": words, **texts, "share": "" if name == "hops" else format_change(before, after)}

@@ -172,9 +172,9 @@ class _Adoption:
 
     def _modules_by_key(self, names: Collection[TensorName]) -> Iterator[tuple[str | None, tuple[str, ...]]]:
         """Yield the modules or tensors that hold exactly these tensors, by the key that matches them by accident."""
-        wanted = set(names)
+        selected = set(names)
         alike: dict[str | None, list[str]] = {}
-        for path, first in _holding(self.graph.root, wanted):
+        for path, first in _holding(self.graph.root, selected):
             alike.setdefault(self.reading.taken_by.get(first), []).append(path)
         yield from ((key, fold_paths(paths)) for key, paths in alike.items())
 

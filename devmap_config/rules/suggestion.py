@@ -57,9 +57,9 @@ def nearest_to(pattern: Pattern, failure: MatchFailure | None, graph: ModelGraph
         return elsewhere
     if (numbered := _numbered(node, segment, graph)) is not None:
         return numbered
-    wanted = segment.literal or "".join(getattr(piece, "text", "") for piece in segment.pieces)
+    spelling = segment.literal or "".join(getattr(piece, "text", "") for piece in segment.pieces)
     children = children_of(node)
-    close = difflib.get_close_matches(wanted, list(children), n=1, cutoff=0.5) if wanted else []
+    close = difflib.get_close_matches(spelling, list(children), n=1, cutoff=0.5) if spelling else []
     if not close:
         below = ", ".join(f"`{child}`" for child in list(children)[:6]) or "nothing"
         where = f"`{node.path}`" if node.path else graph.class_name

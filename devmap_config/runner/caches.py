@@ -86,9 +86,9 @@ def _give_partly_offloaded(model: PreTrainedModel, offloaded: tuple[str, ...]) -
 
     @wraps(generate)
     def generate_with_cache(*arguments: Any, **options: Any) -> Any:
-        told = {*CACHE_NAMES, "cache_implementation"} & {key for key, value in options.items() if value is not None}
+        chosen = {*CACHE_NAMES, "cache_implementation"} & {key for key, value in options.items() if value is not None}
         uses = options.get("use_cache", model.generation_config.use_cache) is not False
-        given = {name: make()} if uses and not told else {}
+        given = {name: make()} if uses and not chosen else {}
         return generate(*arguments, **options, **given)
 
     model.generate = generate_with_cache

@@ -279,8 +279,8 @@ def require_chat_template(tokenizer: Any) -> None:
 
 
 def _chat_inputs(tokenizer: Any, given: UserInput) -> ModelInputs:
-    text, said = _chat_text(tokenizer, given.messages), str(given.text).strip()
-    if said not in text and said in (of_parts := _chat_text(tokenizer, given.in_parts)):
+    text, user_text = _chat_text(tokenizer, given.messages), str(given.text).strip()
+    if user_text not in text and user_text in (of_parts := _chat_text(tokenizer, given.in_parts)):
         text = of_parts  # templates for images ignore content that is not in parts (LLaVA)
     encoding = _encoded(tokenizer, text, add_special_tokens=False)
     return ModelInputs(tensors=_without_types(encoding), tokenizer=tokenizer)

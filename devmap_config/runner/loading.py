@@ -319,9 +319,9 @@ FREE_MEMORY = "end what else holds memory; `devmap probe --against` says what of
 
 def is_out_of_memory(error: Exception) -> bool:
     """Return whether an error says that the memory of the host or of an accelerator is exhausted."""
-    said = str(error).lower()
+    message = str(error).lower()
     # For the host's memory, torch raises the latter.
-    return isinstance(error, MemoryError) or "out of memory" in said or "can't allocate memory" in said
+    return isinstance(error, MemoryError) or "out of memory" in message or "can't allocate memory" in message
 
 
 def first_line(error: Exception) -> str:
@@ -402,15 +402,15 @@ def require_accelerate() -> None:
     Raises:
         RunnerError: if it is not; the help names the command that installs it.
     """
-    wanted = TRIED["accelerate"][0]  # older versions confuse tied weights that are on disk
-    command = f"run `pip install 'accelerate>={wanted}'`"
+    oldest = TRIED["accelerate"][0]  # older versions confuse tied weights that are on disk
+    command = f"run `pip install 'accelerate>={oldest}'`"
     try:
         present = version("accelerate")
     except PackageNotFoundError:
         raise RunnerError("accelerate-missing", "loading by a device map needs accelerate", command) from None
-    if release(present) < release(wanted):
+    if release(present) < release(oldest):
         raise RunnerError(
-            "accelerate-too-old", f"accelerate {present} is installed, and {wanted} or newer is needed", command
+            "accelerate-too-old", f"accelerate {present} is installed, and {oldest} or newer is needed", command
         )
 
 

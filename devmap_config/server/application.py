@@ -60,8 +60,8 @@ class Answer:
     async def whole(self) -> dict[str, Any]:
         """Return the whole answer, once it is generated."""
         content = "".join([piece async for piece in self.text.pieces()])
-        told = {"message": {"role": "assistant", "content": content}} if self.is_chat else {"text": content}
-        return self._told([self._choice(told, self.text.finish_reason)], usage=self._usage())
+        choice = {"message": {"role": "assistant", "content": content}} if self.is_chat else {"text": content}
+        return self._told([self._choice(choice, self.text.finish_reason)], usage=self._usage())
 
     async def events(self) -> AsyncIterator[str]:
         """Yield the answer as server-sent events, piece by piece."""
@@ -170,10 +170,10 @@ class Service:
             body = await asyncio.wait_for(_body(request), GRACE_SECONDS)
         except asyncio.TimeoutError:
             raise RequestError(f"the body did not come within {GRACE_SECONDS} s", status=408) from None
-        wanted = asked(kind, body)
-        self._require_model(wanted.model)
-        answer = Answer(await self.writer.begin(wanted), wanted, self._tell)
-        return _EventStream(answer) if wanted.stream else JSONResponse(await _whole(answer, request))
+        parsed = asked(kind, body)
+        self._require_model(parsed.model)
+        answer = Answer(await self.writer.begin(parsed), parsed, self._tell)
+        return _EventStream(answer) if parsed.stream else JSONResponse(await _whole(answer, request))
 
     def _require_model(self, name: str) -> None:
         if name != self.model:

@@ -256,8 +256,8 @@ def asked(kind: type[GenerationRequest], body: bytes) -> GenerationRequest:
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
         param = ".".join(map(str, first["loc"]))
         known = {"extra_forbidden": "is not supported", "missing": "is missing"}
-        said = known.get(first["type"], f"is wrong: {first['msg']}")
-        raise RequestError(f"`{param}` {said}", param=param) from None
+        problem = known.get(first["type"], f"is wrong: {first['msg']}")
+        raise RequestError(f"`{param}` {problem}", param=param) from None
 
 
 def _normalized(body: Mapping[str, Any]) -> dict[str, Any]:

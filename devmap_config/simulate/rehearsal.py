@@ -250,8 +250,8 @@ def _moves(before: Plan, after: Plan | None, graph: ModelGraph) -> str:
         old, new = (" and ".join(map(str, paths.get(path, ()))) for paths in homes)
         if old != new:
             moves.setdefault((old, new), []).append(path)
-    told = [f"{_folded(paths)} from {old} to {new}" for (old, new), paths in moves.items()]
-    return f"; moved: {'; '.join(told)}" if told else ""
+    moves_in_words = [f"{_folded(paths)} from {old} to {new}" for (old, new), paths in moves.items()]
+    return f"; moved: {'; '.join(moves_in_words)}" if moves_in_words else ""
 
 
 def _homes(plan: Plan, graph: ModelGraph) -> dict[str, dict[Device, None]]:

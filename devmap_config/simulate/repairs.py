@@ -54,8 +54,8 @@ def _to_keep_together(mismatch: DeviceMismatch, plan: Plan, prepared: Prepared, 
         comes_again = any(blocks & set(involved) for blocks in joined)
         bond = [*involved, *_alike(graph, involved)] if comes_again else involved
         groups = [sum((tensors_of(graph, path) for path in bond), ()) for bond in (*bonds, bond)]
-    kept = dict.fromkeys([*before, *(names for names in groups if _can_be_together(names, prepared.resolution))])
-    return tuple(kept)
+    together = dict.fromkeys([*before, *(names for names in groups if _can_be_together(names, prepared.resolution))])
+    return tuple(together)
 
 
 def involved_in(mismatch: DeviceMismatch, plan: Plan, graph: ModelGraph) -> list[str]:

@@ -264,8 +264,8 @@ class _Trace:
             self.links[link] = self.links_process + len(self.links)
             way = f"{copy.source} → {copy.target}"
             self._name(self.links_process, "links", f"{way}, ahead" if ahead else way, self.links[link])
-        thread, told = self.links[link], {"bytes": copy.size_bytes, "nanoseconds": nanoseconds}
-        if self._slice(self.links_process, thread, path or OUTSIDE, "copies", began, ended, told):
+        thread, figures = self.links[link], {"bytes": copy.size_bytes, "nanoseconds": nanoseconds}
+        if self._slice(self.links_process, thread, path or OUTSIDE, "copies", began, ended, figures):
             if not ahead:
                 self._arrive(copy.source, self.links_process, thread, began)
             if reader is not None:

@@ -39,10 +39,10 @@ def _format(quantization: Quantization) -> Format | None:
     arguments = quantization.arguments
     in_4bit, in_8bit = flag(arguments, "load_in_4bit"), flag(arguments, "load_in_8bit")
     if in_4bit == in_8bit:
-        wanted = "one of `load_in_4bit: true` and `load_in_8bit: true`"
+        choices = "one of `load_in_4bit: true` and `load_in_8bit: true`"
         misspelt = {name: closest(name, ("load_in_4bit", "load_in_8bit")) for name in arguments}
-        meant = next((f"`{name}` by `{close}`" for name, close in misspelt.items() if close not in (None, name)), None)
-        raise QuantizationError(f"bitsandbytes takes {wanted}", f"replace {meant}" if meant else f"say {wanted}")
+        hint = next((f"`{name}` by `{close}`" for name, close in misspelt.items() if close not in (None, name)), None)
+        raise QuantizationError(f"bitsandbytes takes {choices}", f"replace {hint}" if hint else f"say {choices}")
     check_names(arguments, "llm_int8_skip_modules")
     # Modules that a map puts on the CPU are then not converted (`_process_model_before_weight_loading`), nor are they
     # in fp32.
