@@ -47,17 +47,17 @@ class _Part(BaseModel):
 class LockedInputs(_Part):
     """Digests of the parsed values that the plan was made from."""
 
-    adapter: Digest = _absent("", "Of the config of the adapter that is loaded on top; absent where there is none.")
-    assistant: Digest = _absent("", "Of what the draft model is made from; absent where there is none.")
+    adapter: Digest = _absent("", "The config of the adapter; absent if there is none.")
+    assistant: Digest = _absent("", "The inputs of the draft model; absent if there is none.")
     checkpoint: Digest | None = _absent(
-        None, "Of the checkpoint's names, shapes, dtypes and file sizes; `null` where it was not at hand."
+        None, "The checkpoint's names, shapes, dtypes and file sizes; `null` if it was not at hand."
     )
     commit: Commit | None = Field(description="The commit that the model's revision resolves to.")
-    config: Digest = Field(description="Of the model's config.")
-    graph: Digest = Field(description="Of the model's module tree; in early locks of its measurements as well.")
-    hardware: Digest = Field(description="Of the devices and links.")
-    measurement: Digest = _absent("", "Of what running the model was measured to take; early locks have none.")
-    profile: Digest = Field(description="Of the rendered profile with every file that it extends.")
+    config: Digest = Field(description="The model's config.")
+    graph: Digest = Field(description="The model's module tree; in early locks, its measurement as well.")
+    hardware: Digest = Field(description="The devices and links.")
+    measurement: Digest = _absent("", "The measured costs of running the model; absent in early locks.")
+    profile: Digest = Field(description="The rendered profile with every file that it extends.")
 
 
 class MadeWith(_Part):
@@ -77,7 +77,7 @@ class LockedDevice(_Part):
     id: DeviceName
     kv_cache_bytes: Bytes
     loading_bytes: Bytes = _absent(
-        0, "The most that it holds while the model is loaded, weights included; early locks do not say."
+        0, "The most bytes that it holds while the model is loaded, weights included; absent in early locks."
     )
     overhead_bytes: Bytes
     weights_bytes: Bytes
@@ -87,13 +87,13 @@ class LockedPrediction(_Part):
     """The predicted cost of running the plan; `null` if its inputs are not known."""
 
     bound_decode_nanoseconds_per_token: Count | None = Field(
-        description="What no plan takes less than, as proven when the lock was compiled; `null` where nothing was."
+        description="The lower bound that was proved when the lock was compiled; `null` if none was."
     )
     decode_nanoseconds_per_token: Count | None
     fastest_decode_nanoseconds_per_token: Count = _absent(
-        0, "What the fastest plan that was found takes, where other wishes than time chose a slower one."
+        0, "The time of the fastest plan that was found, if other wishes than time chose a slower one."
     )
-    fastest_prefill_nanoseconds: Count = _absent(0, "The same of a prefill, where that was to be fast.")
+    fastest_prefill_nanoseconds: Count = _absent(0, "The same for a prefill, if that was the objective.")
     hops: Count | None
     longest_context: Count | None
     prefill_nanoseconds: Count | None
@@ -103,7 +103,7 @@ class LockedPrediction(_Part):
 class LockedAssistant(_Part):
     """The needs of a draft model, all of which is on one device; the capacity of that device excludes them."""
 
-    activation_bytes: Bytes = Field(description="While it computes, in turns with the model.")
+    activation_bytes: Bytes = Field(description="The bytes while it computes, in turns with the model.")
     class_name: Name
     decode_nanoseconds_per_token: Count | None
     device: DeviceName
@@ -116,14 +116,14 @@ class LockedStage(_Part):
     """Consecutive layers on one device, or on each of a group; all figures are of one rank."""
 
     activation_bytes: Bytes
-    blocks: Count = Field(description="Of the cache: how many this rank has room for by itself.")
+    blocks: Count = Field(description="The cache blocks that this rank would have room for by itself.")
     capacity_bytes: Bytes
     decode_nanoseconds: Count | None
     devices: list[DeviceName] = Field(min_length=1)
     first_layer: Count
     last_layer: Count = Field(description="Included.")
     overhead_bytes: Bytes
-    page_bytes: Bytes = Field(description="What a block of the cache takes.")
+    page_bytes: Bytes = Field(description="The bytes of a cache block.")
     prefill_nanoseconds: Count | None
     weights_bytes: Bytes
 
@@ -132,7 +132,7 @@ class LockedHost(_Part):
     """One machine of a pipeline: a node of vLLM, whose number is its place in the list."""
 
     address: str | None
-    cache_bytes: Bytes = Field(description="What each of its ranks is to be given for its cache.")
+    cache_bytes: Bytes = Field(description="The bytes that each of its ranks gets for its cache.")
     devices: list[DeviceName] = Field(min_length=1)
     interface: str | None
     name: str | None
@@ -142,7 +142,7 @@ class LockedPipeline(_Part):
     """The stages of a plan for vLLM, in the order of their ranks."""
 
     block_size: Count
-    blocks: Count = Field(description="Of the cache: what the least of all ranks has room for.")
+    blocks: Count = Field(description="The least number of cache blocks that any rank has room for.")
     blocks_per_request: Count
     cache_dtype: Name
     dtype: Name
@@ -157,25 +157,25 @@ class LockedPipeline(_Part):
 class LockedPlan(_Part):
     """The locations of all parts of the model, and what follows from them."""
 
-    assistant: LockedAssistant | None = _absent(None, "What a draft model takes; absent where there is none.")
+    assistant: LockedAssistant | None = _absent(None, "The needs of the draft model; absent if there is none.")
     compute: dict[str, DeviceName] = Field(
-        description="Parts that run where they are stored, or on another card than the first."
+        description="Parts that the CPU computes beside cards, or that are copied to another card than the first."
     )
     device_map: dict[str, Annotated[int, Field(ge=0, lt=10**9)] | DeviceName] = Field(
-        description="As `from_pretrained` takes it.", min_length=1
+        description="The map in the form for `from_pretrained`.", min_length=1
     )
     devices: list[LockedDevice]
     executor: Name
-    loading_ram_bytes: Bytes = _absent(0, "What loading takes of the CPU's memory at most; early locks do not say.")
-    main_device: DeviceName = Field(description="Where modules run that are stored on the CPU or the disk.")
-    measured: bool = Field(description="Whether more than weights was measured and budgeted.")
+    loading_ram_bytes: Bytes = _absent(0, "The most of the CPU's memory that loading takes; absent in early locks.")
+    main_device: DeviceName = Field(description="The device that runs modules which are stored on the CPU or the disk.")
+    measured: bool = Field(description="Whether the cache and activations were measured and budgeted.")
     offloaded_caches: list[Name] | None = _absent(
-        None, "Modules whose cache is on the CPU while they do not run, where that is for the plan to say."
+        None, "Modules whose cache is on the CPU while they do not run, if the plan decides that."
     )
     offload_buffers: bool = _absent(
-        False, "Whether buffers of streamed modules are streamed as well; early locks do not say."
+        False, "Whether buffers of streamed modules are streamed as well; absent in early locks."
     )
-    pipeline: LockedPipeline | None = _absent(None, "The stages of a plan for vLLM; absent where it is for another.")
+    pipeline: LockedPipeline | None = _absent(None, "The stages of a plan for vLLM; absent for other engines.")
     prediction: LockedPrediction
     strategy: Name
 
@@ -185,7 +185,7 @@ class LockedAccelerator(_Part):
 
     accelerator: str | None = Field(description="Its name in the catalogue.")
     memory_bytes: Bytes
-    overhead_bytes: Bytes = Field(description="What its context and workspaces were expected to take.")
+    overhead_bytes: Bytes = Field(description="The bytes that its context and workspaces were expected to take.")
 
 
 class LockedValues(_Part):
@@ -199,15 +199,17 @@ class LockedValues(_Part):
 class LockFile(_Part):
     """Written by `devmap compile`; not to be edited by hand."""
 
-    digest: Digest = Field(description="Of everything here but `made_with`.")
-    hardware: dict[str, LockedAccelerator] = _absent({}, "What each accelerator was taken for; early locks have none.")
+    digest: Digest = Field(description="The digest of everything here except `made_with`.")
+    hardware: dict[str, LockedAccelerator] = _absent(
+        {}, "The assumed properties of each accelerator; absent in early locks."
+    )
     inputs: LockedInputs
     lock_version: Annotated[int, Field(ge=1, le=LOCK_VERSION)]
     made_with: MadeWith
     plan: LockedPlan
     set: dict[str, str] = Field(description="The `--set` values.")
     values: LockedValues = _absent(
-        LockedValues(config={}, hardware={}, profile={}), "The values of the inputs; early locks have none."
+        LockedValues(config={}, hardware={}, profile={}), "The values of the inputs; absent in early locks."
     )
 
 
