@@ -64,10 +64,13 @@ def calibrate(files: tuple[Path, ...], output_format: str) -> None:
 def _read(path: Path) -> Receipt:
     from devmap_config.diagnostics.diagnostic import Diagnostic
     from devmap_config.files import FileError
-    from devmap_config.runner.calibration import read_receipt
+    from devmap_config.runner.calibration import CalibrationError, read_receipt
 
     try:
         return read_receipt(path)
+    except CalibrationError as error:
+        unfit = Diagnostic.error("unfit-receipts", str(error), help=error.help)
+        raise CommandError([unfit], data={"hardware": None}) from None
     except FileError as error:
         finding = Diagnostic.error(error.code, f"`{path}` {error}", help=error.help)
         raise CommandError([finding], exit_code=ExitCode.USAGE, data={"hardware": None}) from None
