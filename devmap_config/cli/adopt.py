@@ -59,9 +59,10 @@ def adopt(
 ) -> ExitCode:
     """Write a profile that places a model as MAP does: JSON, or a Python dict such as `model.hf_device_map` prints.
 
-    With `-`, the map is read from stdin. If the profile cannot match the map exactly (keys that name nothing, tensors
-    that no key names, tied tensors apart), the differences are listed, with the effect of the map in transformers. A
-    profile that does not compile is written nevertheless, with the reason on stderr and exit code 1.
+    With `-`, the map is read from stdin. If transformers refuses the map, for example as no key names a layer, the
+    errors are listed, nothing is written, and the exit code is 1. Where transformers takes the map in another way than
+    it is written (keys that name nothing, tied tensors apart), the profile is written, with warnings. A profile that
+    does not compile is also written, with the reason on stderr and exit code 1.
     """
     from devmap_config.cli.tree import graph_of_source
     from devmap_config.compiler import Rejected
@@ -78,6 +79,8 @@ def adopt(
         homes = adopted_homes(entries, graph, name, sink)
         _check_machine(homes.values(), hardware, machine or "", sink)
     if entries is None or sink.has_errors:
+        if output is not None:
+            echo(f"`{output}` is not written, because of errors", err=True)
         exit_code = ExitCode.USAGE if entries is None else ExitCode.WRONG
         raise CommandError(sink, sink.texts, exit_code=exit_code, data={"profile": None})
     profile = adopted_profile(

@@ -24,7 +24,7 @@ PROGRAMS = ("transformers", "llama.cpp", "vllm")
 
 @profile_command("export", "table", "json")
 @click.option("--to", "program", type=click.Choice(PROGRAMS), required=True, help="The program to export for.")
-@click.option("-o", "--output", "folder", type=FILE, required=True, help="The folder to write to.")
+@click.option("-o", "--output", "folder", type=FILE, required=True, help="The folder to write to, made if needed.")
 @click.option(
     "--model", "weights", metavar="WEIGHTS", help="The folder or hub id of the weights. [default: the profile's]"
 )
@@ -49,6 +49,8 @@ def export(
 
     if python is not None and program != "vllm":
         raise click.UsageError("`--check` asks an installed vLLM: it goes with `--to vllm`")
+    if exists(folder) and not is_folder(folder):
+        raise click.UsageError(f"`{folder}` is not a folder")
     lock, compiled = _locked(profile, options)
     made = _made(program, compiled, lock, folder, weights)
     if python is not None:
@@ -136,7 +138,7 @@ def _checked(made: Export, python: str, compiled: Compiled) -> Export:
 
 
 def _write(files: Mapping[str, str], folder: Path, *, force: bool) -> None:
-    """Write files into a folder, which is made if needed, each one atomically.
+    """Write files into a folder, which is made with those around it if needed, each one atomically.
 
     Raises:
         click.UsageError: if an existing file must not be replaced.
@@ -144,17 +146,13 @@ def _write(files: Mapping[str, str], folder: Path, *, force: bool) -> None:
     """
     from devmap_config.cli.locking import write
 
-    if not is_folder(folder.parent):
-        raise click.UsageError(f"the folder `{folder.parent}` does not exist")
-    if exists(folder) and not is_folder(folder):
-        raise click.UsageError(f"`{folder}` is not a folder")
     existing = [folder / name for name in files if exists(folder / name)]
     if odd := next((path for path in existing if not is_file(path)), None):
         raise click.UsageError(f"`{odd}` is not a regular file")
     if existing and not force:
         raise click.UsageError(f"`{existing[0]}` exists: pass `--force` to replace what is exported there")
     try:
-        folder.mkdir(exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise click.ClickException(f"`{folder}` cannot be made: {error.strerror}") from None
     for name, text in files.items():

@@ -20,6 +20,7 @@ from devmap_config.cli.options import (
     remote_code_option,
 )
 from devmap_config.cli.progress import progress
+from devmap_config.cli.reporting import echo
 from devmap_config.devices import CPU, DISK
 from devmap_config.profile.permissions import Permissions
 
@@ -97,6 +98,8 @@ def init(
     trust_remote_code: bool,
 ) -> None:
     """Write a first profile for SOURCE (a hub id, a directory or a config.json) that compiles as it is."""
+    from devmap_config.profile.writing import device_text
+
     require_new(output, force=force)
     hardware = machine_of(machine_name) if machine_name else _this_machine()
     init_options = InitOptions(
@@ -110,8 +113,21 @@ def init(
         permissions=Permissions(allow_outside=allow_outside, trust_remote_code=trust_remote_code),
     )
     with progress(len(CONTEXT_LENGTHS), quiet=quiet) as begin:
-        text = first_profile(init_options, begin=begin)
-    deliver(text, output, output_format, next_step=f"; next: devmap-compile {output}")
+        draft, compiled = _first_draft(init_options, simulates=True, begin=begin)
+    deliver(
+        _profile(init_options, draft, compiled).text,
+        output,
+        output_format,
+        next_step=f"; next: devmap-compile {output}",
+    )
+    for device in () if quiet else _assumed(init_options, draft):
+        size = device_text(draft.devices[device]).strip("{}")
+        named = f"`--on {machine_name}+{device}:…`" if machine_name else "`--on`"
+        echo(
+            f"the model does not fit without {device}, of which the machine says nothing: {size} is assumed; write what"
+            f" there is into the profile, or name it by {named}",
+            err=True,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,8 +162,26 @@ def _this_machine() -> Hardware:
     return as_hardware(probe_machine(os.environ, None))
 
 
-def first_profile(asked: InitOptions, *, simulates: bool = True, begin: Callable[[str], None] = lambda _: None) -> str:
-    """Return the text of the first draft that compiles: the longest context first, then the fewest devices.
+def first_profile(asked: InitOptions, *, simulates: bool = True) -> str:
+    """Return the text of the first draft that compiles.
+
+    Args:
+        asked: the user's options.
+        simulates: whether it must also pass a dry run.
+
+    Raises:
+        CommandError: if none compiles, with the errors of the first.
+    """
+    return _profile(asked, *_first_draft(asked, simulates=simulates, begin=lambda _: None)).text
+
+
+def _assumed(asked: InitOptions, draft: ProfileDraft) -> list[Device]:
+    """Return the devices of a draft that the machine does not have, as far as is known."""
+    return [device for device in draft.devices if device not in asked.hardware.devices.value]
+
+
+def _first_draft(asked: InitOptions, *, simulates: bool, begin: Callable[[str], None]) -> tuple[ProfileDraft, Compiled]:
+    """Return the first draft that compiles, with its plan: the longest context first, then the fewest devices.
 
     Args:
         asked: the user's options.
@@ -166,7 +200,7 @@ def first_profile(asked: InitOptions, *, simulates: bool = True, begin: Callable
         for first in _drafts(asked, context_length):
             draft, compilation = _settled(asked, first, simulates=simulates)
             if isinstance(compilation, Compiled):
-                return _profile(asked, draft, compilation).text
+                return draft, compilation
             failures.append(compilation)
             if not is_of_machine(compilation.diagnostics):
                 break  # other devices do not help
@@ -226,8 +260,8 @@ def _profile(asked: InitOptions, draft: ProfileDraft, compiled: Compiled | None 
     sections: dict[str, dict[Device, DeviceSection]] = {}
     hardware = ["# What is not listed here does not exist: nothing spills without a word.", "devices:"]
     for device, section in draft.devices.items():
-        is_assumed = device not in asked.hardware.devices.value
-        sections.setdefault("assumed: say what there is" if is_assumed else "", {})[device] = section
+        remark = "assumed: say what there is" if device in _assumed(asked, draft) else ""
+        sections.setdefault(remark, {})[device] = section
     for remark, devices in sections.items():
         hardware += device_lines(devices, remark)
     hardware += device_lines(draft.spare, "for what is to be offloaded", is_comment=True)

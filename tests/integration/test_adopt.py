@@ -97,6 +97,14 @@ def test_a_missing_layer_is_an_error_as_in_transformers():
     assert "`model.layers.1` takes it" in found["uncovered-tensor"]["message"]
 
 
+def test_nothing_is_written_for_a_map_that_transformers_refuses_and_that_is_said():
+    Path("map").write_text(json.dumps(without("model.layers.11")))
+    arguments = ["adopt", "map", "--model", "deep", "-o", "adopted.yaml"]
+    done = CliRunner().invoke(devmap, arguments, standalone_mode=False)
+    assert "`adopted.yaml` is not written, because of errors" in done.stderr
+    assert not Path("adopted.yaml").exists()
+
+
 def test_missing_buffers_are_placed_where_they_are_used():
     profile, found = adopt(json.dumps(without("model.rotary_emb")))
     assert found["uncovered-tensor"]["severity"] == "warning"

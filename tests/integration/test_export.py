@@ -87,9 +87,9 @@ def test_infinite_numbers_are_exported_as_python(workspace):
         f"version: 1\nmodel: {{source: llama, quantization: {quantization}}}\n"
         "hardware: {devices: {cuda:0: {memory: 1GiB}}}\n"
     )
-    done = run("export", profile, "--to", "transformers", "-o", "exported", "--model", "x/y")
+    done = run("export", profile, "--to", "transformers", "-o", "new/exported", "--model", "x/y")
     assert done.return_value == 0, done.stderr
-    written = run_path("exported/load_model.py")["QUANTIZATION"]
+    written = run_path("new/exported/load_model.py")["QUANTIZATION"]
     assert written["llm_int8_threshold"] == float("inf")
     assert (written["quant_method"], written["llm_int8_skip_modules"]) == ("bitsandbytes", ["a", "b"])
 

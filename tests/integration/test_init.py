@@ -71,6 +71,14 @@ def test_init_writes_schema_machine_context_and_strategies(workspace):
         assert strategy in text
 
 
+def test_init_says_which_device_it_assumes(workspace):
+    done = run("init", "llama", "--on", "300KiB", "-o", "first.yaml")
+    assert "cpu: {memory: 1TiB}   # assumed: say what there is" in Path("first.yaml").read_text()
+    assert "does not fit without cpu, of which the machine says nothing: memory: 1TiB is assumed" in said(done)
+    assert "name it by `--on 300KiB+cpu:…`" in said(done)
+    assert "assumed" not in said(run("init", "llama", "--on", "300KiB+cpu:1GiB"))
+
+
 def test_init_limits_the_default_context_to_the_models_positions(workspace):
     config = json.loads(Path("llama/config.json").read_text())
     Path("llama/config.json").write_text(json.dumps({**config, "max_position_embeddings": 900}))
