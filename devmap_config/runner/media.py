@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
 CONVERT_SOUND = "convert it: `ffmpeg -i FILE -c:a pcm_s16le sound.wav`"
 
+MOST_SAMPLE_BYTES = 4
+"""The bytes of the largest samples that are read; `wave` knows files of larger ones."""
+
 
 @dataclass(frozen=True)
 class Sound:
@@ -117,9 +120,12 @@ def sound_of(data: bytes) -> Sound:
         with wave.Wave_read(io.BytesIO(data)) as file:
             width, channels, rate = file.getsampwidth(), file.getnchannels(), file.getframerate()
             frames = np.frombuffer(file.readframes(file.getnframes()), np.uint8)
-    except (wave.Error, EOFError) as error:
+    except (wave.Error, EOFError, RuntimeError) as error:  # `RuntimeError`: a chunk is too long
         reason = str(error) or "it ends too early"
         raise FileError(f"is no WAV file of whole numbers: {reason}", "syntax", CONVERT_SOUND) from None
+    if width > MOST_SAMPLE_BYTES:
+        limit = f"at most {8 * MOST_SAMPLE_BYTES} can be read"
+        raise FileError(f"has samples of {8 * width:,} bits, and {limit}", "syntax", CONVERT_SOUND)
     frames = frames[: len(frames) // (width * channels) * width * channels]
     if not len(frames) or not rate:
         raise FileError("holds no sound", "syntax", CONVERT_SOUND)

@@ -551,3 +551,16 @@ def test_sound_of_another_sampling_rate_is_resampled(sound):
     second = value("--audio", "twice.wav")["output"]
     assert {each["label"] for each in first} == {"music", "noise"}
     assert [each["score"] for each in second] == pytest.approx([each["score"] for each in first], abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "says"),
+    [(34, 40, "has samples of 40 bits"), (34, 64, "has samples of 64 bits"), (17, 1, "it ends too early")],
+)
+def test_sound_that_cannot_be_read_is_a_mistake_of_the_command_line(sound, place, value, says):
+    frames = bytearray(Path("sound.wav").read_bytes())
+    frames[place] = value  # the bits of a sample, or the size of the chunk that describes them
+    Path("sound.wav").write_bytes(frames)
+    Path("profile.yaml").write_text("version: 1\n")
+    with pytest.raises(click.UsageError, match=rf"`sound\.wav` .*{says}.*convert it"):
+        run("--audio", "sound.wav", catch_exceptions=False)

@@ -161,12 +161,18 @@ def test_images_larger_than_planned_after_processing_are_refused():
     assert refusal.value.param == "messages"
 
 
-def sound_part(seconds, rate=16_000):
+BITS_AT = 34
+"""The place of the bits of a sample in a WAV file."""
+
+
+def sound_part(seconds, rate=16_000, bits=16):
     file = io.BytesIO()
     with wave.open(file, "wb") as written:
         written.setparams((1, 2, rate, 0, "NONE", ""))
         written.writeframes(b"\1\0" * round(seconds * rate))
-    data = base64.b64encode(file.getvalue()).decode()
+    frames = bytearray(file.getvalue())
+    frames[BITS_AT] = bits
+    data = base64.b64encode(frames).decode()
     return {"type": "input_audio", "input_audio": {"data": data, "format": "wav"}}
 
 
@@ -185,6 +191,7 @@ def test_sound_is_accepted_up_to_the_planned_length():
         ([sound_part(1.5)], "it takes 1.5 s, and the plan has room for 1"),
         ([sound_part(1, rate=1)] * 2, "there are 2 sounds, and the plan has room for 1"),
         ([sound_part(0)], "holds no sound"),
+        ([sound_part(1, bits=64)], "samples of 64 bits, and at most 32 can be read"),
         ([image_part(sent(PLAIN))], "takes no images"),
     ):
         with pytest.raises(RequestError, match=says):
