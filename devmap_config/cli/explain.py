@@ -130,7 +130,7 @@ def story(compiled: Compiled) -> Iterator[str]:
     """Yield an explanation of the plan in about ten lines."""
     from devmap_config.cli.companions import companion_lines
     from devmap_config.cli.plan_table import memory_in_words, weights_in_words
-    from devmap_config.cli.predictions import how_to_give, said_of_bases, said_of_missing
+    from devmap_config.cli.predictions import how_to_give, no_plan, said_of_bases, said_of_missing
 
     plan, model, graph = compiled.plan, compiled.model, compiled.graph
     if plan.pipeline is not None:
@@ -151,7 +151,7 @@ def story(compiled: Compiled) -> Iterator[str]:
     if (memory := compiled.process_memory) is not None:
         yield f"The {memory_in_words(memory)}."
     yield from _pace(plan)
-    yield from _predictions(plan.prediction, graph)
+    yield from _predictions(plan.prediction, graph, no_plan(compiled))
     if bases := compiled.time_bases:
         sentence = said_of_bases(bases, plan.prediction)
         yield f"{sentence[0].upper()}{sentence[1:]}."
@@ -180,13 +180,13 @@ def _holdings(plan: Plan, use: DeviceUse) -> str:
     )
 
 
-def _predictions(prediction: Prediction, graph: ModelGraph) -> Iterator[str]:
+def _predictions(prediction: Prediction, graph: ModelGraph, other: str) -> Iterator[str]:
     """Yield sentences about the plan's predicted times."""
     decode, bound = prediction.decode_nanoseconds_per_token, prediction.bound_decode_nanoseconds_per_token
     if decode is not None and bound is not None:
         gap = 100 * (decode - bound) / bound
         token, least = format_duration(decode), format_duration(bound)
-        yield f"A token takes {token}; no plan can take less than {least}, {_percent(gap)} less."
+        yield f"A token takes {token}; {other} can take less than {least}, {_percent(gap)} less."
     elif decode is not None:
         token = format_duration(decode)
         yield f"A token takes {token}; whether another plan is faster, `strategy: fastest` would tell."

@@ -16,6 +16,7 @@ from devmap_config.cli.predictions import how_to_give, said_of_missing
 from devmap_config.cli.progress import progress
 from devmap_config.devices import CPU
 from devmap_config.hardware.constants import PROCESS_ANONYMOUS_BYTES
+from devmap_config.profile.writing import example_with_rates
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -158,6 +159,7 @@ def _table(rows: list[Row]) -> Iterator[Table | str]:
         if row.fastest is not None and (missing := row.fastest.missing_figures):
             how = how_to_give(missing, row.fastest.loaded.profile.hardware)
             yield f"{row.machine}: {said_of_missing(missing)}; in a YAML file with a `hardware:` block, {how}"
+        yield from _passed_over(row)
         if row.reason is not None:
             yield f"{row.machine} does not fit: {row.reason}"
         for aim, compiled in row.plans.items():
@@ -168,6 +170,18 @@ def _table(rows: list[Row]) -> Iterator[Table | str]:
             yield f"{row.machine} suits {row.other.name} better{_by(row.other)}: {row.other.reason}"
     if any(row.other is not None and row.other.name == "vLLM" for row in rows):
         yield "no predicted time of vLLM was compared with a card"
+
+
+def _passed_over(row: Row) -> Iterator[str]:
+    """Yield the warning that the CPU might compute faster, but that its speed is unknown, with what to do."""
+    fastest = row.fastest
+    if fastest is not None and any(each.code == "cpu-passed-over" for each in fastest.diagnostics):
+        described = example_with_rates(CPU, fastest.loaded.profile.hardware.listed[CPU], "bandwidth")
+        yield (
+            f"{row.machine}: that the CPU computes with the weights that it stores, which may be faster, was not"
+            f" considered, as its bandwidth is not known; in a YAML file with a `hardware:` block, write (for example)"
+            f" `{described}`"
+        )
 
 
 def _by(other: OtherEngine) -> str:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from rich.text import Text
 
 from devmap_config.amounts import MEBIBYTE, counted, format_bytes, largest_unit
-from devmap_config.cli.predictions import how_to_give, predicted, said_of_bases, said_of_missing
+from devmap_config.cli.predictions import how_to_give, no_plan, predicted, said_of_bases, said_of_missing
 from devmap_config.cli.stages_view import stage_lines
 from devmap_config.cli.tables import listing
 from devmap_config.devices import DISK
@@ -80,7 +80,7 @@ def _held(plan: Plan, device: Device) -> list[str]:
 
 def _notes(compiled: Compiled) -> Iterator[Text]:
     plan, model = compiled.plan, compiled.model
-    if sentence := predicted(plan):
+    if sentence := predicted(plan, no_plan(compiled)):
         yield Text(sentence)
     if bases := compiled.time_bases:
         yield Text(said_of_bases(bases, plan.prediction), style="dim")

@@ -13,6 +13,7 @@ from devmap_config.profile.writing import example_with_rates
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from devmap_config.compiler import Compiled
     from devmap_config.devices import Device
     from devmap_config.execution.segments import MissingFigureError, Phase
     from devmap_config.plan.plan import Plan, Prediction
@@ -20,13 +21,24 @@ if TYPE_CHECKING:
     from devmap_config.profile.schema import Hardware
 
 
-def predicted(plan: Plan) -> str:
-    """Return the known predicted figures of a plan in words."""
+def no_plan(compiled: Compiled) -> str:
+    """Return the subject of a sentence about the lower bound, which holds for the plans that were considered."""
+    passes_over_cpu = any(each.code == "cpu-passed-over" for each in compiled.diagnostics)
+    return "no plan in which the CPU only stores weights" if passes_over_cpu else "no plan"
+
+
+def predicted(plan: Plan, no_plan: str = "no plan") -> str:
+    """Return the known predicted figures of a plan in words.
+
+    Args:
+        plan: the plan.
+        no_plan: the subject of the sentence about the lower bound.
+    """
     prediction = plan.prediction
     decode, bound = prediction.decode_nanoseconds_per_token, prediction.bound_decode_nanoseconds_per_token
     words = []
     if decode is not None:
-        proof = f"no plan is below {format_duration(bound)}" if bound is not None else ""
+        proof = f"{no_plan} is below {format_duration(bound)}" if bound is not None else ""
         fastest = _fastest(prediction.fastest_decode_nanoseconds_per_token, decode)
         words.append(f"{format_duration(decode)} a token{_in_parentheses(fastest, proof)}")
     if prediction.prefill_nanoseconds is not None:

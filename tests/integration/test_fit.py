@@ -104,6 +104,19 @@ def test_fit_ignores_the_strategy_of_the_profile(profile):
         assert fit("box.yaml") == rows
 
 
+def test_a_cpu_of_unknown_bandwidth_is_said_to_compute_in_no_plan(profile):
+    box = SMALL_BOX.replace("cuda:[0-1]", "cuda:0").replace(", peer: 25GB/s", "")
+    Path("one.yaml").write_text(box)
+    Path("other.yaml").write_text(box.replace("1GiB", "1GiB, bandwidth: 50GB/s"))
+    told = " ".join(shown("one.yaml", "other.yaml").split())
+    assert "one.yaml: that the CPU computes with the weights that it stores, which may be faster, was not" in told
+    assert "write (for example) `cpu: {memory: 1GiB, bandwidth: 50GB/s}`" in told
+    assert "other.yaml: that the CPU" not in told
+    profile.write_text(PROFILE.partition("hardware")[0] + box + "placement: {strategy: fastest}\n")
+    compiled = CliRunner().invoke(devmap, ["compile", "profile.yaml", "--dry-run"], standalone_mode=False).output
+    assert "no plan in which the CPU only stores weights is below" in " ".join(compiled.split())
+
+
 def test_a_machine_without_rates_is_not_reported_as_too_small():
     [row], code = fit("2x24GiB")
     assert (row["fits"], row["strategy"], code) == (True, "fewest-devices", 0)
