@@ -1,4 +1,4 @@
-"""The page of a plan in headless Chromium. `make test-report` installs what that takes; without it, tests fail."""
+"""The report page of a plan works in headless Chromium; `make test-report` installs it, else these tests fail."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ MORE_PINS = """\
 
 @pytest.fixture(scope="module")
 def address(tmp_path_factory):
-    """Where a page of two plans, their difference and a receipt is."""
+    """The address of a page with two plans and their difference."""
     folder = tmp_path_factory.mktemp("page")
     with pytest.MonkeyPatch.context() as patch:
         write_models(folder)
@@ -58,7 +58,7 @@ def browser():
 
 @pytest.fixture
 def opened(browser, address):
-    """Opens the page; what its console says of errors must be nothing."""
+    """Open the page, and check that its console shows no error."""
     contexts, said = [], []
 
     def open_page(width=1200, scheme="light"):
@@ -79,7 +79,7 @@ def opened(browser, address):
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("width", WIDTHS)
-def test_it_is_as_wide_as_the_window_and_axe_finds_nothing(opened, width, scheme):
+def test_page_fits_the_window_and_passes_axe(opened, width, scheme):
     from axe_playwright_python.sync_playwright import Axe
 
     page = opened(width, scheme)
@@ -105,14 +105,14 @@ LABELS = """Array.from(document.querySelectorAll("text.on:not(.free)")).map((lab
 
 
 def luminance(colour):
-    """As WCAG has it, of `rgb(1, 2, 3)`."""
+    """Return the relative luminance that WCAG defines, of a colour such as `rgb(1, 2, 3)`."""
     parts = [int(part) / 255 for part in colour.removeprefix("rgb(").removesuffix(")").split(",")]
     linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
     return sum(weight * part for weight, part in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_what_stands_on_a_part_of_the_picture_can_be_read(browser, address, scheme):
+def test_labels_on_the_picture_have_enough_contrast(browser, address, scheme):
     context = browser.new_context(color_scheme=scheme)
     page = context.new_page()
     page.goto(address.replace("plan.html", "plan.svg"))
@@ -124,14 +124,14 @@ def test_what_stands_on_a_part_of_the_picture_can_be_read(browser, address, sche
         assert (lighter + 0.05) / (darker + 0.05) >= 4.5, (label, ground)
 
 
-def test_the_ground_is_of_the_scheme(opened):
+def test_background_follows_the_colour_scheme(opened):
     grounds = [opened(scheme=scheme).evaluate("getComputedStyle(document.body).backgroundColor") for scheme in SCHEMES]
     light, dark = (sum(map(int, ground[4:-1].split(","))) for ground in grounds)
     assert light > 600
     assert dark < 150
 
 
-def test_the_keyboard_reaches_every_block_and_shows_what_is_said_of_it(opened):
+def test_keyboard_reaches_every_block_and_shows_its_details(opened):
     page = opened()
     page.locator(".bar").nth(1).locator("a").first.focus()
     assert page.locator("#card").is_visible()
@@ -148,7 +148,7 @@ def test_the_keyboard_reaches_every_block_and_shows_what_is_said_of_it(opened):
     assert page.evaluate("document.querySelector('.row:target') !== null")
 
 
-def test_pointing_at_a_block_shows_what_is_said_of_it(opened):
+def test_pointing_at_a_block_shows_its_details(opened):
     page = opened()
     page.locator(".bar a").first.hover()
     assert page.locator("#card").is_visible()

@@ -1,9 +1,5 @@
-"""Runs every YAML block of the Markdown files here, and of the pages of the codes, as a profile.
-
-A block is a whole profile, or a part of one: what it leaves out of `version`, `model` and `hardware` is added below
-it. On each line that is wrong stands what is found there: `# error[code] column`, several separated by commas. A block
-of which nothing is found compiles. Blocks under one heading are files of one case: `yaml name.yaml` names another file
-than the profile, `yaml bare` adds nothing, `yaml simulated` has the plan dry-run.
+"""Every YAML block of the Markdown files here and of the pages of codes is compiled as a profile, with the stated
+findings.
 """
 
 from __future__ import annotations
@@ -43,7 +39,7 @@ def _name(info):
 
 
 def read(text):
-    """A block's text without annotations, and the findings that they name."""
+    """Return a block's text without annotations, and the findings that these state."""
     lines, expected = [], set()
     for number, line in enumerate(text.split("\n"), start=1):
         if found := ANNOTATION.search(line):
@@ -59,7 +55,7 @@ def with_defaults(text):
 
 
 @pytest.mark.parametrize("blocks", list(cases()))
-def test_finds_what_the_case_says(blocks, workspace):
+def test_a_case_has_the_stated_findings(blocks, workspace):
     expected = set()
     profile = "profile.yaml"
     for info, text in blocks:

@@ -1,4 +1,4 @@
-"""Adopt a map, compile the profile: the placement is the one that went in."""
+"""Adopting a device map and compiling the profile gives the placement of the map."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def graphs(tmp_path_factory):
 
 
 def nearest_rule(graph, patterns):
-    """Per tensor the device of its deepest pattern: a second reading of the precedence rules."""
+    """Return the device of each tensor by its deepest pattern: a second implementation of the precedence of rules."""
     matches = [(set(match(parse_pattern(pattern), graph).names), device) for pattern, device in patterns.items()]
     homes = {}
     for name in graph.tensors:
@@ -58,7 +58,7 @@ devices = st.sampled_from(["cuda:0", "cuda:1", "cpu"])
 
 @settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.sampled_from(["llama", "mixture"]), st.data())
-def test_the_fewest_patterns_stand_for_the_same_placement(graphs, name, data):
+def test_the_fewest_patterns_give_the_same_placement(graphs, name, data):
     graph = graphs[name]
     homes = {tensor: data.draw(devices) for tensor in graph.tensors} if data.draw(st.booleans()) else {}
     if not homes:
@@ -72,12 +72,12 @@ def test_the_fewest_patterns_stand_for_the_same_placement(graphs, name, data):
 
 @settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
-def test_adopt_then_compile_gives_the_map_that_went_in(graphs, tmp_path_factory, data):
+def test_adopting_and_compiling_a_map_gives_the_same_map(graphs, tmp_path_factory, data):
     units = [unit.name for unit, _ in fold(graphs["llama"], dict.fromkeys(graphs["llama"].tensors, ""))]
     check_adopted({unit: data.draw(st.sampled_from([0, 1, "cpu"])) for unit in units}, tmp_path_factory)
 
 
-def test_adopt_of_a_rotary_embedding_on_the_cpu(graphs, tmp_path_factory):
+def test_adopting_a_map_with_a_rotary_embedding_on_the_cpu(graphs, tmp_path_factory):
     # Its buffers stay where it runs, which takes a few bytes more there.
     units = [unit.name for unit, _ in fold(graphs["llama"], dict.fromkeys(graphs["llama"].tensors, ""))]
     check_adopted({unit: "cpu" if "rotary" in unit else 0 for unit in units}, tmp_path_factory)
@@ -105,7 +105,7 @@ def with_dots(text, places):
 
 @settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.sampled_from(["llama", "mixture"]), st.data())
-def test_a_map_is_read_as_transformers_reads_it(graphs, name, data):
+def test_a_device_map_is_read_as_transformers_reads_it(graphs, name, data):
     graph = graphs[name]
     names = st.sampled_from(sorted({*map(str, graph.tensors), *map(str, graph.modules)}))
     pieces = st.builds(lambda name, length, dots: with_dots(name[:length], dots), names, st.integers(0, 60), POSITIONS)

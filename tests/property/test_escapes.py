@@ -1,4 +1,4 @@
-"""Whatever strangers put into names and texts: what is printed is text, in each format and on each stream."""
+"""Strangers' names and texts are escaped in every output format and on every stream."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ often = settings(max_examples=30, deadline=None, suppress_health_check=[HealthCh
 
 
 def each_by_itself(**others):
-    """Try each strange text alone as well, beside these other values; `file` is the text where a file can have it."""
+    """Try each strange text alone as well, beside these other values; `file` is the text if a file can hold it."""
 
     def decorate(test):
         for text in STRANGE:
@@ -94,7 +94,7 @@ def reported(capsys, output_format, *arguments, **more):
 @often
 @each_by_itself(file="", width=40)
 @given(text=strange, file=names, width=st.integers(20, 120))
-def test_a_terminal_obeys_nothing_and_no_line_is_a_command(text, file, width):
+def test_findings_hold_no_terminal_controls_and_no_workflow_commands(text, file, width):
     for colours in (None, "truecolor"):
         shown = io.StringIO()
         console = EscapingConsole(file=shown, width=width, force_terminal=bool(colours), color_system=colours)
@@ -106,7 +106,7 @@ def test_a_terminal_obeys_nothing_and_no_line_is_a_command(text, file, width):
 @often
 @each_by_itself(file="")
 @given(text=strange, file=names)
-def test_what_programs_read_is_whole_and_shows_in_a_log(capsys, text, file):
+def test_machine_formats_hold_the_whole_text_and_are_printable(capsys, text, file):
     given_in = ([finding(text, file)], {file: text})
     value = json.loads(is_harmless(reported(capsys, "json", *given_in, data={text: [text]}).out))
     json.dumps(value, ensure_ascii=False).encode()  # no half characters
@@ -120,7 +120,7 @@ def test_what_programs_read_is_whole_and_shows_in_a_log(capsys, text, file):
 @often
 @each_by_itself(file="")
 @given(text=strange, file=names)
-def test_a_finding_is_one_command_of_githubs(capsys, text, file):
+def test_a_finding_is_one_github_annotation(capsys, text, file):
     shown = reported(capsys, "github", [finding(text, file)], {}).out
     assert re.fullmatch(r"::error ([a-zA-Z]+=[^:,\n]*,?)+::[^\n]*\n", shown)
     assert shown[:-1].isprintable()
@@ -130,7 +130,7 @@ def test_a_finding_is_one_command_of_githubs(capsys, text, file):
 @often
 @each_by_itself()
 @given(text=strange)
-def test_each_way_of_printing_escapes(capsys, text):
+def test_each_way_of_printing_escapes_text(capsys, text):
     console = EscapingConsole(file=io.StringIO(), width=60)
     for word in (text, f"[{text}", Text.assemble((text, "red"), text)):
         table = Table(text if isinstance(word, str) else "name", "b")
@@ -154,14 +154,14 @@ def test_each_way_of_printing_escapes(capsys, text):
 
 
 def visible_in_one_line(capsys, text):
-    """A name takes one line, whatever is in it, so that none stands for a line of ours."""
+    """Return a name as one line, so that no part of it looks like a line of ours."""
     echo(f"wrote {text}")
     return capsys.readouterr().out.count("\n") == 1
 
 
 @often
 @given(pieces=st.lists(strange | st.sampled_from([":", "::", "#", "##", "[", "\n", " ", "error"]), max_size=12))
-def test_text_in_pieces_is_escaped_as_a_whole_is(pieces):
+def test_text_in_pieces_is_escaped_like_the_whole(pieces):
     shown = io.StringIO()
     stream = EscapedStream(shown)
     for piece in pieces:
@@ -173,7 +173,7 @@ def test_text_in_pieces_is_escaped_as_a_whole_is(pieces):
 @often
 @each_by_itself()
 @given(text=strange)
-def test_what_a_command_raises_is_escaped(capsys, text):
+def test_error_messages_of_commands_are_escaped(capsys, text):
     for raised in (click.UsageError(text), ValueError(text), ProfileError((finding(text),))):
 
         @click.command()
@@ -194,7 +194,7 @@ PIPE = re.compile(r"(?<!\\)\|")
 @often
 @each_by_itself()
 @given(text=strange)
-def test_tables_in_markdown_hold(text):
+def test_strange_names_do_not_break_markdown_tables(text):
     moved = Move((text, "model"), Home(text), None)
     change = ValueChange({"capacity_bytes": 1, "weights_bytes": 1, "kv_cache_bytes": 0, "activation_bytes": 0,
                      "overhead_bytes": 0, "free_bytes": 0}, None)  # fmt: skip
@@ -221,7 +221,7 @@ def test_tables_in_markdown_hold(text):
 @often
 @each_by_itself()
 @given(text=strange)
-def test_the_title_of_a_new_profile_is_a_comment(text):
+def test_the_title_of_a_new_profile_stays_a_comment(text):
     draft = NewProfile(title=text, output=None, source="x", hardware=["devices: {}"], placement=["strategy: auto"])
     assert set(yaml.safe_load(draft.text)) == {"version", "model", "hardware", "placement"}
 
@@ -262,8 +262,8 @@ def vendored(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_no_command_prints_what_is_in_names(vendored, monkeypatch, capsys, name):
-    """The profile's file has the name; so has a module, where text can hold it, by a graph that was made to say so."""
+def test_no_command_prints_control_characters_of_names(vendored, monkeypatch, capsys, name):
+    """The name is that of the profile's file, and of a module, by a graph that was made to say so."""
     monkeypatch.chdir(vendored)
     file = f"{name}.yaml".replace("/", "_")
     Path(file).write_text(PROFILE)
@@ -285,7 +285,7 @@ def test_no_command_prints_what_is_in_names(vendored, monkeypatch, capsys, name)
         is_harmless(out if output_format != "github" else "")
 
 
-def test_a_lock_shows_in_a_review_what_it_holds(vendored, monkeypatch, capsys):
+def test_a_lock_shows_strange_characters_in_a_review(vendored, monkeypatch, capsys):
     monkeypatch.chdir(vendored)
     Path("evil.yaml").write_text(PROFILE.replace("single", "single, offload: {folder: ./\u202eoffload\u2066}"))
     assert devmap(capsys, "compile", "-q", "--no-simulate", "evil.yaml")[0] == 0

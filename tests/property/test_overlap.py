@@ -1,4 +1,4 @@
-"""Blocks that are brought ahead over several links at once: what they take, and what a plan of them is proven to."""
+"""The predicted times of blocks copied ahead over several links are those of a simulation, and the bounds hold."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def random_blocks(rng, cards=3):
 
 
 def longest_in_the_long_run(blocks):
-    """What a forward of very many takes: the heaviest ring of waits, for each forward that it goes through."""
+    """Return the time of a forward among very many: the heaviest cycle of waits, divided by its forwards."""
     cards = sorted({block.card for block in blocks})
     waits = np.full((len(cards), len(cards)), -np.inf)  # from a card's end in one forward to another's in the next
     for place, card in enumerate(cards):
@@ -49,13 +49,13 @@ def longest_in_the_long_run(blocks):
 
 
 def sums_of(blocks):
-    """What no order of them is below: all cards' own, and what all take together."""
+    """Return lower bounds for any order: the sum for each card, and the sum of all together."""
     own = [sum(block.card_nanoseconds for block in blocks if block.card == card) for card in {b.card for b in blocks}]
     return max(*own, sum(block.nanoseconds for block in blocks))
 
 
-def test_blocks_take_what_they_take_in_the_long_run():
-    """Exactly, of nearly all; of a few whose forwards take turns at being late, a little more."""
+def test_predicted_times_are_those_of_many_forwards():
+    """Exactly, for nearly all; slightly more for a few whose forwards are late alternately."""
     exact = 0
     for seed in range(2_000):
         blocks = random_blocks(random.Random(seed))
@@ -66,7 +66,7 @@ def test_blocks_take_what_they_take_in_the_long_run():
     assert exact > 1_980
 
 
-def test_on_one_card_times_add_up_and_phases_do_anyway():
+def test_times_add_up_on_one_card_and_over_phases():
     blocks = random_blocks(random.Random(3), cards=1)
     total = sum(block.card_nanoseconds for block in blocks)
     assert ahead_nanoseconds(blocks) == total
@@ -77,17 +77,17 @@ def test_on_one_card_times_add_up_and_phases_do_anyway():
     assert ahead_nanoseconds(()) == 0
 
 
-def test_cards_that_take_turns_take_no_longer_than_their_links():
+def test_alternating_cards_are_limited_by_their_links():
     turns = [Ahead("decode", f"cuda:{place % 3}", 30, 10) for place in range(9)]
     assert ahead_nanoseconds(turns) == 90
     assert ahead_nanoseconds(sorted(turns)) == 210  # one link at a time, but for the first that each brings
 
 
 class Simulated:
-    """Cards with two slots each, whose links bring a byte in a moment, or less where all share what the memory gives.
+    """Cards with two slots each; a link copies a byte per time unit, or less while all share the memory's bandwidth.
 
-    Blocks run one after another, `forwards` times, each once it is there. A block is copied while the one before it on
-    its card runs, in whatever slot is free.
+    Blocks run one after another, `forwards` times, each once its weights have arrived. A block is copied while the one
+    before it on its card runs, into a free slot.
     """
 
     def __init__(self, cards, blocks, size, running, together, forwards=8):
@@ -96,7 +96,7 @@ class Simulated:
         self.ends, self.now, self.begun = [], 0.0, None
 
     def copied_now(self):
-        """The first block of each card that is not there, where a slot is free."""
+        """Return the first missing block of each card that has a free slot."""
         missing = {}
         for place in reversed(range(len(self.homes))):
             if self.left[place]:
@@ -105,7 +105,7 @@ class Simulated:
         return [place for card, place in missing.items() if held[card] < 2]
 
     def go_on(self):
-        """Until the next copy is there, or the block that runs has ended."""
+        """Advance to the end of the next copy, or of the running block."""
         place, copies = len(self.ends), self.copied_now()
         if self.begun is None and not self.left[place]:
             self.begun = self.now
@@ -121,7 +121,7 @@ class Simulated:
             self.begun = None
 
     def forward(self, blocks):
-        """What a forward takes once forwards are alike."""
+        """Return the time of a forward once forwards are alike."""
         while len(self.ends) < len(self.homes):
             self.go_on()
         return (self.ends[-1] - self.ends[-1 - 4 * blocks]) / 4
@@ -130,7 +130,7 @@ class Simulated:
 @pytest.mark.parametrize("together", [1.5, 2, 3])
 @pytest.mark.parametrize("running", [0, 7, 55, 100])
 @pytest.mark.parametrize("cards", [2, 3])
-def test_cards_that_take_turns_take_what_slots_links_and_memory_let_them(cards, running, together):
+def test_alternating_cards_are_as_fast_as_slots_links_and_memory_allow(cards, running, together):
     blocks, size = 4 * cards, 100
     shared = round(max(running, size / together))
     turns = [Ahead("decode", f"cuda:{place % cards}", size, shared) for place in range(blocks)]
@@ -142,7 +142,9 @@ def test_cards_that_take_turns_take_what_slots_links_and_memory_let_them(cards, 
 
 
 def over_links(chain, seed):
-    """The same where what is streamed from the CPU may be to any card, and takes other cards less than its own."""
+    """Return the chain in which blocks streamed from the CPU can go to any card, and take less time on other cards than
+    their own.
+    """
     rng, known = random.Random(seed), {}
     cards = [device for device in chain.capacities if device.startswith("cuda")]
     phases = rng.choice([("decode",), ("decode", "prefill")])
@@ -171,7 +173,7 @@ def over_links(chain, seed):
 
 
 def problems(seeds):
-    """Random problems, each with every choice, what it takes at least, and whether it is feasible."""
+    """Yield random problems, each with every choice, its least time, and whether it is feasible."""
     for seed in seeds:
         chain = over_links(small_chain(seed), seed)
         shape = [len(block.options) for block in chain.blocks]
@@ -181,7 +183,7 @@ def problems(seeds):
 
 
 def figures_of(chain, choices):
-    """A second reading of what choices take at least: the most of what any card takes, and of what all do."""
+    """Return the least times of choices by a second implementation: the maximum over cards, and the sum of all."""
     total, feasible = all_figures(chain, choices)
     for phase in ("decode", "prefill"):
         cards = {}
@@ -198,8 +200,8 @@ def figures_of(chain, choices):
     return total, feasible
 
 
-def test_the_bound_is_what_the_best_choice_takes_at_least(monkeypatch):
-    """With every hop counted, exactly; else not above that. No choice takes less than what it is said to at least."""
+def test_the_bound_is_at_most_the_least_time_of_the_best_choice(monkeypatch):
+    """It is exact if every hop is counted. No choice is faster than its stated least time."""
     seen, near = 0, 0
     for seed, chain, choices, least, feasible in problems(range(220)):
         some = random.Random(seed).sample(range(len(choices)), min(len(choices), MOST_LOOKED_AT // 50))
@@ -221,8 +223,8 @@ def test_the_bound_is_what_the_best_choice_takes_at_least(monkeypatch):
     assert near > 0.9 * seen > 20
 
 
-def test_cards_take_turns_only_where_that_is_faster(monkeypatch):
-    """And the numbers of a choice stay as they are, so that what each device holds does."""
+def test_cards_alternate_only_if_that_is_faster(monkeypatch):
+    """The numbers of a choice stay the same, and so do the bytes on each device."""
     changed = 0
     for _, chain, choices, _, feasible in problems(range(60)):
         for choice in map(tuple, choices[feasible][:: max(feasible.sum() // 10, 1)].tolist()):
@@ -234,7 +236,7 @@ def test_cards_take_turns_only_where_that_is_faster(monkeypatch):
     assert changed
 
 
-def test_equal_blocks_of_two_cards_take_turns():
+def test_equal_blocks_on_two_cards_alternate():
     cards = ("cuda:0", "cuda:1")
     streamed = [
         Option(home=card, nanoseconds=0, mode=("streamed", "cpu"), ahead=(Ahead("decode", card, 20, 10),))

@@ -1,4 +1,4 @@
-"""Patterns against an oracle that knows nothing of walks: it tries every path of a tree, one after another."""
+"""Patterns match the same names as an oracle that tries every path of a tree."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def selected(item, existing):
 
 
 def oracle(pattern, names):
-    """The names that match: each is held against every way to spread the pattern's segments over its own."""
+    """Return the matching names, by trying every way to spread the pattern's segments over those of a name."""
     wanted = pattern.split(".")
 
     def one(segment, name, parent):
@@ -99,7 +99,7 @@ def oracle(pattern, names):
 
 @settings(max_examples=300, deadline=None)
 @given(graphs(), patterns)
-def test_the_walk_finds_what_trying_everything_finds(graph, pattern):
+def test_patterns_match_the_same_names_as_the_oracle(graph, pattern):
     names = list(all_names(graph.root))
     found = match(parse_pattern(pattern), graph).names
     assert len(found) == len(set(found))
@@ -108,7 +108,7 @@ def test_the_walk_finds_what_trying_everything_finds(graph, pattern):
 
 @settings(max_examples=300, deadline=None)
 @given(st.text(alphabet="ab01.[]{},-*?:/!^ \\()|+$réé", max_size=24))
-def test_any_text_is_a_pattern_or_says_where_it_is_not(text):
+def test_any_text_is_a_pattern_or_an_error_with_its_place(text):
     for prefix in ("", "re:", "class:"):
         try:
             parse_pattern(prefix + text)
@@ -123,7 +123,7 @@ def test_any_text_is_a_pattern_or_says_where_it_is_not(text):
         st.lists(st.sampled_from(["a", "b", "0", "1", "2", "10"]), min_size=1, max_size=4).map(".".join), unique=True
     )
 )
-def test_folded_paths_stand_for_exactly_these_paths(paths):
+def test_folded_paths_match_exactly_the_given_paths(paths):
     def unfold(pattern):
         ways = [""]
         for segment in pattern.split("."):

@@ -1,4 +1,4 @@
-"""Any bytes, any YAML, any mutation of a good profile ends in findings or a plan, never in a traceback."""
+"""Any bytes, any YAML and any change of a valid profile give findings or a plan, never a traceback."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def compile_bytes(data):
 
 
 def lies_within(span, text):
-    """Whether a place is one of the profile's text, the end of its last line among them."""
+    """Tell whether a place is within the profile's text, including the end of its last line."""
     lines = re.split(r"\r\n|[\n\r\x85\u2028\u2029]", text)
     is_there = 1 <= span.line <= len(lines) and 1 <= span.column <= len(lines[span.line - 1]) + 1
     return span.file == "profile.yaml" and is_there
@@ -73,14 +73,14 @@ relaxed = settings(max_examples=150, deadline=None, suppress_health_check=list(H
 
 @relaxed
 @given(st.binary(max_size=300))
-def test_any_bytes(data):
+def test_any_bytes_give_findings_or_a_plan(data):
     compile_bytes(data)
     compile_bytes(GOOD.encode() + data)
 
 
 @relaxed
 @given(st.integers(0, len(GOOD)), st.integers(0, 8), st.text(alphabet="[]{}*&!|>'\"%@`#:-?, \t\nax0é", max_size=5))
-def test_any_edit_of_a_good_profile(place, removed, inserted):
+def test_any_edit_of_a_valid_profile_gives_findings_or_a_plan(place, removed, inserted):
     text = GOOD[:place] + inserted + GOOD[place + removed :]
     compile_bytes(text.encode())
 
@@ -108,7 +108,7 @@ ROUTES = [
 
 @relaxed
 @given(st.sampled_from(ROUTES), values)
-def test_any_value_anywhere(route, value):
+def test_any_value_in_any_place_gives_findings_or_a_plan(route, value):
     profile = yaml.safe_load(GOOD)
     holder = profile
     for step in route[:-1]:
@@ -132,7 +132,7 @@ expressions = st.recursive(
 
 @relaxed
 @given(expressions)
-def test_any_template(expression):
+def test_any_template_gives_findings_or_a_plan(expression):
     text = GOOD.replace("name: good", f'name: "{{{{ {expression} }}}}"')
     compile_bytes(text.encode())
     compile_bytes(text.replace("name: ", "name: {% for a in range(99999) %}x{% endfor %}").encode())

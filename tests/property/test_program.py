@@ -1,4 +1,4 @@
-"""The program of a chain and its layout, beside every choice of small problems: what is possible, and what it takes."""
+"""The integer program of a chain and its layout agree with every choice of small problems: feasibility and times."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def every_choice(chain):
 
 
 def few_choices(seeds):
-    """Random problems with some choices, a third of them with blocks that give to many others."""
+    """Yield random problems with few choices; in a third of them, some blocks pass outputs to many others."""
     for seed in seeds:
         chain = with_transfers(small_chain(seed), seed) if seed % 3 == 0 else small_chain(seed)
         if 1 < len(every_choice(chain)) <= MOST_CHOICES:
@@ -34,7 +34,7 @@ def few_choices(seeds):
 
 
 def numbers_of(program, choice):
-    """The values of the counting variables of a choice; `None` where blocks of a group are apart."""
+    """Return the values of the counting variables of a choice, or `None` if it separates blocks of a group."""
     values = {}
     for block_class, variables in zip(program.classes, program.counts, strict=True):
         values |= dict.fromkeys(variables, 0)
@@ -47,7 +47,7 @@ def numbers_of(program, choice):
 
 
 def least_with(program, values):
-    """The least that the program says of these numbers of blocks."""
+    """Return the least time that the program allows for these numbers of blocks."""
     milp = program.milp.copy()
     for variable, value in values.items():
         milp.equal({variable: 1}, value)
@@ -55,7 +55,7 @@ def least_with(program, values):
 
 
 def by_numbers(program, chain):
-    """The choices of a chain with equal numbers of blocks, as values, times and whether they are feasible."""
+    """Return the choices of a chain by equal numbers of blocks: values, times, and whether they are feasible."""
     choices = every_choice(chain)
     totals, feasible = all_figures(chain, choices)
     alike = {}
@@ -71,8 +71,8 @@ def by_numbers(program, chain):
         yield dict(values), [total for total, _ in members], is_feasible
 
 
-def test_hops_are_between_blocks_that_have_a_choice():
-    """What a pinned block gives, or is given, is no hop: where it runs is known."""
+def test_hops_are_counted_between_blocks_that_have_a_choice():
+    """Transfers from or to a pinned block are no hops, since its device is known."""
     devices = ("cuda:0", "cuda:1")
     times = {("cuda:0", "cuda:1"): 3, ("cuda:1", "cuda:0"): 4}
     chain = bare_chain("aapaa", devices, [times] * 4)
@@ -85,14 +85,14 @@ def test_hops_are_between_blocks_that_have_a_choice():
     assert chain.hops == {1: {("cuda:0", "cuda:1"): 13, ("cuda:1", "cuda:0"): 24}, 4: times}
 
 
-def test_a_device_that_is_not_there_holds_nothing():
+def test_an_unlisted_device_holds_nothing():
     chain = bare_chain("aa", ("cuda:0", "cuda:1"), [], room={"cuda:1": 2})
     assert [chain.is_feasible(choice) for choice in product((0, 1), repeat=2)] == [False, False, False, True]
     assert solver.solve(chain).fastest.choice == (1, 1)
 
 
 @pytest.mark.parametrize("is_exact", [False, True])
-def test_numbers_are_possible_where_they_fit_and_take_what_blocks_and_transfers_take(is_exact):
+def test_program_agrees_with_choices_on_feasibility_and_time(is_exact):
     seen = set()
     for seed, chain in few_choices(range(60)):
         program = program_of(chain, is_exact=is_exact)
@@ -112,7 +112,7 @@ def test_numbers_are_possible_where_they_fit_and_take_what_blocks_and_transfers_
 
 
 def sized_chain(sizes, room, **transfers):
-    """Blocks that are alike but for their peaks and pieces, and for those that give to others."""
+    """Return blocks that are equal except for their peaks, pieces, and the outputs that they pass to others."""
     blocks = []
     for place, (peak, piece) in enumerate(sizes):
         options = [
@@ -132,8 +132,8 @@ def test_a_device_needs_its_largest_peak_and_its_largest_piece(sizes, room):
         assert (least_with(program, values).values is not None) == is_feasible, values
 
 
-def test_a_group_takes_holds_and_needs_what_its_blocks_do():
-    """All demands, the largest peak and the largest piece; and only the places that all of them can have."""
+def test_a_group_sums_times_and_demands_and_takes_the_largest_peak():
+    """It can be only in the places that all of its blocks can have."""
     for room in range(9, 20):
         chain = sized_chain([(1, 4), (7, 2), (3, 3), (1, 1)], {"cuda:0": room, "cuda:1": 14})
         blocks = [replace(block, group=0) for block in chain.blocks[:3]]
@@ -149,8 +149,8 @@ def test_a_group_takes_holds_and_needs_what_its_blocks_do():
 
 @pytest.mark.parametrize("targets", [(2, 3, 4), (2, 4), (4,), (2, 2, 3, 3, 4, 4), (2, 2, 3)])
 @pytest.mark.parametrize("is_alone", [True, False])
-def test_what_a_block_gives_to_others_counts_for_each_and_as_often_as_it_is_given(targets, is_alone):
-    """Also where it gives to the next as well, and takes of one that is not the one before."""
+def test_an_output_is_counted_for_each_reader_and_each_use(targets, is_alone):
+    """Also if the block passes it to the next one too, or reads from one that is not the one before."""
     times = {("cuda:0", "cuda:1"): 30, ("cuda:1", "cuda:0"): 70}
     given = [Transfer(0, target, times) for target in targets] + ([] if is_alone else [Transfer(3, 1, times)])
     chain = sized_chain([(5, 0)] + [(3, 0)] * 4, {"cuda:0": 12, "cuda:1": 30}, transfers=tuple(given))
@@ -164,9 +164,9 @@ def test_what_a_block_gives_to_others_counts_for_each_and_as_often_as_it_is_give
 
 
 def bare_chain(pattern, devices, hops, room=None):
-    """Blocks of kinds, a letter each, free to be on any device.
+    """Return blocks of kinds, one letter each, that can be on any device.
 
-    `hops` has for each block but the first what it takes to get there.
+    `hops` gives for each block but the first the times of getting there.
     """
     options = {
         kind: tuple(option_of(device, 7 + place, {device: 1}, {}, mode="resident") for device in devices)
@@ -184,7 +184,7 @@ def prices(rng, devices, *, is_uniform):
 
 @pytest.mark.parametrize(("pattern", "count"), [("aaaaa", 3), ("abbbb", 2), ("bbbba", 2)])
 @pytest.mark.parametrize("is_uniform", [True, False])
-def test_hops_are_counted_where_numbers_say_how_many_there_are(pattern, count, is_uniform):
+def test_the_bound_on_hops_is_exact_with_two_devices_or_equal_hops(pattern, count, is_uniform):
     """With two devices, or all hops alike, what no order is below is what the best one takes."""
     for seed in range(3):
         devices = [f"cuda:{index}" for index in range(count if is_uniform else 2)]
@@ -196,7 +196,7 @@ def test_hops_are_counted_where_numbers_say_how_many_there_are(pattern, count, i
 
 
 def least_hops(chain, values_of):
-    """What the program says that hops take, where classes have these numbers on each device."""
+    """Return the program's bound on hops if classes have these numbers on each device."""
     program = program_of(chain)
     values = {}
     for number, on_device in enumerate(values_of):
@@ -207,8 +207,8 @@ def least_hops(chain, values_of):
     return round(least_with(program, values).bound) - blocks
 
 
-def test_dear_hops_are_not_taken_for_cheap_ones():
-    """An encoder's hops are cheap and its decoder's dear: what is spread of the decoder alone costs what it costs."""
+def test_expensive_hops_are_not_counted_as_cheap_ones():
+    """An encoder's hops are cheap and its decoder's expensive: splitting the decoder alone costs the latter."""
     devices = ("cuda:0", "cuda:1", "cuda:2")
     cheap, dear = (dict.fromkeys(permutations(devices, 2), price) for price in (5, 20))
     chain = bare_chain("aaabbb", devices, [cheap] * 3 + [dear] * 2)
@@ -218,15 +218,15 @@ def test_dear_hops_are_not_taken_for_cheap_ones():
     assert least_hops(chain, [(3, 0, 0), (1, 1, 1)]) == 40
 
 
-def test_a_cheap_hop_somewhere_does_not_hide_that_others_are_dear():
-    """What hops of one row cost at least counts, whatever hops of the other cost at most."""
+def test_a_cheap_hop_does_not_hide_expensive_ones():
+    """The least cost of hops of one row counts, whatever hops of the other can cost."""
     devices = ("cuda:0", "cuda:1", "cpu")
     cheap = {pair: 100 if "cpu" in pair else 5 for pair in permutations(devices, 2)}
     chain = bare_chain("aaabbb", devices, [cheap] * 3 + [dict.fromkeys(permutations(devices, 2), 20)] * 2)
     assert least_hops(chain, [(3, 0, 0), (2, 1, 0)]) == 20
 
 
-def test_no_hop_goes_by_a_device_that_runs_nothing():
+def test_no_hop_passes_an_unused_device():
     devices = ("cuda:0", "cuda:1", "cpu")
     times = {pair: 5 if "cpu" in pair else 50 for pair in permutations(devices, 2)}
     chain = bare_chain("abbbbc", devices, [times] * 5)
@@ -235,7 +235,7 @@ def test_no_hop_goes_by_a_device_that_runs_nothing():
 
 
 @pytest.mark.parametrize("dear", [("cuda:1", "cpu"), ("cpu", "cuda:1")])
-def test_devices_are_alike_only_if_hops_to_and_from_them_are(dear):
+def test_devices_are_equal_only_if_their_hops_are(dear):
     devices = ("cuda:0", "cuda:1", "cpu")
     times = dict.fromkeys(permutations(devices, 2), 7) | {dear: 50}
     chain = bare_chain("abbb", devices, [times] * 3)
@@ -245,7 +245,7 @@ def test_devices_are_alike_only_if_hops_to_and_from_them_are(dear):
     assert least_hops(chain, [place[dear[1]], blocks[dear[0]]]) == 7
 
 
-def test_a_device_far_from_the_others_is_entered_at_its_price():
+def test_the_bound_counts_the_hop_to_a_distant_device():
     near, far = ("cuda:0", "cuda:1"), "cpu"
     times = {pair: 60 if far in pair else 5 for pair in permutations((*near, far), 2)}
     chain = bare_chain("abbbbc", (*near, far), [times] * 5)
@@ -260,7 +260,7 @@ def homes_of(chain, choice):
     return [block.options[index].home for block, index in zip(chain.blocks, choice, strict=True)]
 
 
-def test_a_layout_has_the_numbers():
+def test_a_layout_has_the_given_numbers_of_blocks():
     for seed, chain in few_choices(range(150)):
         program = program_of(chain)
         for choice in every_choice(chain).tolist():
@@ -271,7 +271,7 @@ def test_a_layout_has_the_numbers():
 
 
 @pytest.mark.parametrize("numbers", [(3, 2, 1), (1, 3, 2), (0, 4, 2), (6, 0, 0)])
-def test_equal_blocks_are_laid_out_in_one_run_on_each_device_the_longest_first(numbers):
+def test_equal_blocks_are_laid_out_in_one_run_per_device_longest_first(numbers):
     devices = ("cuda:0", "cuda:1", "cuda:2")
     chain = bare_chain("aaaaaa", devices, [])
     laid = homes_of(chain, laid_out(program_of(chain), numbers))
@@ -286,14 +286,14 @@ def free_homes(chain, choice):
 
 
 def runs_of(chain, choice, order):
-    """Whether the blocks that have a choice by themselves run on devices in this order, without going back."""
+    """Tell whether the blocks with a choice of their own run on the devices in this order, without going back."""
     places = [order.index(home) if home in order else None for home in free_homes(chain, choice)]
     return None not in places and places == sorted(places)
 
 
 @pytest.mark.parametrize("pattern", ["aaaaa", "ababa", "aabbc", "aapaa", "agabg"])
 @pytest.mark.parametrize("order", [("cuda:1", "cuda:0"), ("cuda:2", "cuda:0", "cuda:1")])
-def test_runs_are_the_best_of_all_that_go_through_the_devices_in_their_order(pattern, order):
+def test_runs_are_the_best_choice_in_the_order_of_devices(pattern, order):
     devices = ("cuda:0", "cuda:1", "cuda:2")
     for seed in range(8):
         rng = random.Random(seed)
@@ -338,7 +338,7 @@ def test_runs_are_the_best_of_all_that_go_through_the_devices_in_their_order(pat
             assert chain.nanoseconds(laid) == totals[feasible & in_order].min(), seed
 
 
-def test_devices_are_in_the_order_in_which_they_are_used_on_the_average():
+def test_devices_are_ordered_by_the_average_place_of_their_blocks():
     devices = ("cuda:0", "cuda:1", "cuda:2")
     chain = bare_chain("aaaaaa", devices, [])
     assert order_in(program_of(chain), (2, 2, 0, 2, 1, 1)) == ("cuda:2", "cuda:0", "cuda:1")
@@ -348,7 +348,7 @@ def test_devices_are_in_the_order_in_which_they_are_used_on_the_average():
 # Mixed-integer programs by themselves
 
 
-def test_of_random_programs_the_least_is_found():
+def test_the_minimum_of_random_programs_is_found():
     found = []
     for seed in range(120):
         rng, milp = random.Random(seed), Milp()
@@ -373,7 +373,7 @@ def test_of_random_programs_the_least_is_found():
     assert 20 < sum(found) < 100
 
 
-def test_a_copy_is_another_program():
+def test_changing_a_copy_leaves_the_program_unchanged():
     milp = Milp()
     x = milp.variable(3)
     other = milp.copy()
@@ -384,7 +384,7 @@ def test_a_copy_is_another_program():
     assert other.minimize({x: -1}).values == (1, 0)
 
 
-def test_a_variable_that_need_not_be_whole_is_not():
+def test_a_continuous_variable_can_be_fractional():
     milp = Milp()
     x, y = milp.variable(1, is_integer=False), milp.switch()
     milp.equal({x: 2, y: 1}, 1)
@@ -392,7 +392,7 @@ def test_a_variable_that_need_not_be_whole_is_not():
     assert milp.minimize({y: 1}).bound == 0
 
 
-def test_a_search_ends_at_its_limit_and_at_its_gap():
+def test_a_search_ends_at_its_limit_or_its_gap():
     rng, milp = random.Random(5), Milp()
     weights = {milp.switch(): rng.randint(10**5, 10**6) for _ in range(30)}
     milp.at_most({variable: -weight for variable, weight in weights.items()}, -sum(weights.values()) // 2)
@@ -409,8 +409,10 @@ def test_a_search_ends_at_its_limit_and_at_its_gap():
 # What the solver makes of it
 
 
-def test_the_optimum_of_few_choices_is_told_from_what_is_nearly_as_fast():
-    """Sixteen blocks take a millisecond on either card, but for some nanoseconds: a solver stops early at less."""
+def test_the_optimum_of_few_choices_is_found_among_nearly_equal_ones():
+    """Sixteen blocks take a millisecond on either card, but for some nanoseconds, where a solver's tolerance would
+    stop.
+    """
     rng = random.Random(0)
     sizes = [(rng.randint(20, 60), rng.randint(0, 99)) for _ in range(12)]
     blocks = [
@@ -429,7 +431,7 @@ def test_the_optimum_of_few_choices_is_told_from_what_is_nearly_as_fast():
     assert outcome.fastest.nanoseconds == totals[feasible].min()
 
 
-def test_only_what_is_below_a_limit_is_an_answer():
+def test_only_answers_below_the_limit_are_returned():
     for seed in range(20):
         chain = small_chain(seed)
         best = solver.solve(chain).fastest
@@ -440,8 +442,8 @@ def test_only_what_is_below_a_limit_is_an_answer():
             assert solver.solve(chain, limit) == solver.ChainSolution(None, limit), seed
 
 
-def test_where_nothing_below_a_limit_is_found_the_bound_is_still_below_the_optimum(monkeypatch):
-    """What was found is above what is possible, since hops are known from below: the limit itself proves nothing."""
+def test_without_an_answer_below_the_limit_the_bound_is_below_the_optimum(monkeypatch):
+    """Hops have a lower bound only, so finding nothing below the limit does not prove the limit a bound."""
     monkeypatch.setattr(solver, "FEW_CHOICES", 0)
     for seed in (323, 495, 73, 587):
         chain = with_transfers(small_chain(seed), seed) if seed % 3 == 0 else small_chain(seed)
@@ -451,7 +453,7 @@ def test_where_nothing_below_a_limit_is_found_the_bound_is_still_below_the_optim
         assert solver.solve(chain, found.nanoseconds).bound_nanoseconds <= optimum
 
 
-def test_a_bound_that_rounding_has_raised_is_still_a_bound(monkeypatch):
+def test_a_bound_raised_by_rounding_is_corrected(monkeypatch):
     minimize = Milp.minimize
 
     def rounded_up(*arguments, **options):
@@ -468,8 +470,8 @@ def test_a_bound_that_rounding_has_raised_is_still_a_bound(monkeypatch):
 
 @pytest.mark.parametrize("few_choices", [0, solver.FEW_CHOICES])
 @pytest.mark.parametrize("missing", [0, 1, 2_000])
-def test_what_a_byte_decides_is_decided_by_bytes(few_choices, missing, monkeypatch):
-    """HiGHS takes for enough what is short by a ten-millionth: of 80 GB, 8,000 bytes."""
+def test_feasibility_is_exact_to_the_byte(few_choices, missing, monkeypatch):
+    """HiGHS tolerates a ten-millionth: of 80 GB, 8,000 bytes."""
     monkeypatch.setattr(solver, "FEW_CHOICES", few_choices)
     size = 10 * 10**9 + 1
     options = (
@@ -488,8 +490,8 @@ def test_what_a_byte_decides_is_decided_by_bytes(few_choices, missing, monkeypat
     assert (solver.solve(roomy).fastest is None) == bool(missing)
 
 
-def test_runs_are_tried_where_numbers_laid_out_hop_too_often():
-    """Two kinds in turn, each a little faster on a card of its own: a second program finds runs instead."""
+def test_runs_are_searched_if_the_layout_hops_too_often():
+    """Two kinds alternate, each slightly faster on a card of its own: a second program finds runs instead."""
     devices = ("cuda:0", "cuda:1")
     chain = bare_chain(
         "ab" * 10, devices, [dict.fromkeys(permutations(devices, 2), 100)] * 19, dict.fromkeys(devices, 10)

@@ -1,4 +1,4 @@
-"""What a chain says of a choice is what the plan of that choice says: its time, and what each device holds."""
+"""A chain's statement about a choice equals that of the choice's plan: its time, and the bytes of each device."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ BERT = {
 
 
 def problem_of(monkeypatch, config, optimize="decode", pins=(), flops="1TFLOP/s", links="host: 25GB/s, peer: 10GB/s"):
-    """What `place_fastest` is asked for such a profile: the problem and the aim."""
+    """Return the problem and the objective that a profile gives to `place_fastest`."""
     asked = []
     monkeypatch.setattr(optimal, "place_fastest", lambda *arguments: asked.append(arguments))
     Path("small").mkdir(exist_ok=True)
@@ -87,7 +87,7 @@ def problem_of(monkeypatch, config, optimize="decode", pins=(), flops="1TFLOP/s"
 
 
 def random_choice(chain, seed):
-    """A choice in which blocks of one group share a place."""
+    """Return a choice in which blocks of one group share a place."""
     rng = random.Random(seed)
     places, choice = {}, []
     for block in chain.blocks:
@@ -128,7 +128,7 @@ SETTINGS = {
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
-def test_a_chain_says_what_the_plan_says(workspace, monkeypatch, setting):
+def test_chain_and_plan_have_the_same_times_and_bytes(workspace, monkeypatch, setting):
     problem, aim = problem_of(monkeypatch, *SETTINGS[setting])
     modes, overlapping = set(), set()
     for main_device in problem.accelerators:
@@ -189,8 +189,8 @@ RULES = {
 
 
 @pytest.mark.parametrize("rules", RULES)
-def test_a_block_can_be_wherever_no_rule_keeps_it_from(workspace, monkeypatch, rules):
-    """Every place is offered that is allowed, and no other; pins hold in all of them."""
+def test_blocks_have_every_option_that_the_rules_allow(workspace, monkeypatch, rules):
+    """No other places are offered, and pins hold in all of them."""
     problem, aim = problem_of(monkeypatch, LLAMA, pins=RULES[rules])
     cuda, other, cpu, disk = problem.capacities
     for main_device, cards in ((cuda, [cuda, other]), (other, [other])):
@@ -222,8 +222,8 @@ def test_a_block_can_be_wherever_no_rule_keeps_it_from(workspace, monkeypatch, r
                     assert (location.stored_on, location.runs_on) == around
 
 
-def test_the_parts_of_a_block_are_its_heaviest_that_may_be_taken_out(workspace, monkeypatch):
-    """Half of a layer's weights is in its mixture of experts, and nearly all of that in the experts themselves."""
+def test_the_heaviest_separable_parts_of_a_block_are_options(workspace, monkeypatch):
+    """The mixture of experts has half of a layer's weights, and the experts have nearly all of those."""
     problem, aim = problem_of(monkeypatch, MIXTURE, pins=('{match: "model.layers.1.mlp", device: 0}',))
     chain = Statement(problem, aim, problem.accelerators[0]).chain
     parts = {
@@ -253,7 +253,7 @@ def places_of(problem, aim, main_device, block="model.layers.1"):
     return [option.place for option in options]
 
 
-def test_the_cpu_computes_beside_accelerators_only_if_it_is_there_and_what_runs_is_known(workspace, monkeypatch):
+def test_the_cpu_is_an_option_only_if_listed_and_the_model_is_measured(workspace, monkeypatch):
     problem, aim = problem_of(monkeypatch, LLAMA)
     cuda, other, cpu, disk = problem.capacities
 
@@ -267,12 +267,12 @@ def test_the_cpu_computes_beside_accelerators_only_if_it_is_there_and_what_runs_
     assert places_of(unmeasured, aim, cuda) == [(cuda, ("resident",)), (cuda, ("streamed", cpu))]
 
 
-def test_a_block_of_which_all_is_pinned_has_one_option(workspace, monkeypatch):
+def test_a_fully_pinned_block_has_one_option(workspace, monkeypatch):
     problem, aim = problem_of(monkeypatch, LLAMA, pins=('{match: "model.layers.1", device: cuda:1}',))
     assert places_of(problem, aim, problem.accelerators[0]) == [(problem.accelerators[1], ("resident",))]
 
 
-def test_a_tensor_of_the_models_own_is_on_the_main_device_unless_it_is_pinned(workspace, monkeypatch):
+def test_a_tensor_outside_blocks_is_on_the_main_device_unless_pinned(workspace, monkeypatch):
     problem, aim = problem_of(monkeypatch, BART)
     layer = problem.graph.modules["model.encoder.layers.0"]
     problem = replace(problem, groups=(("final_logits_bias", next(layer.tensors()).name),))
@@ -287,7 +287,7 @@ def test_a_tensor_of_the_models_own_is_on_the_main_device_unless_it_is_pinned(wo
             assert block.options[0].demands == ((block.options[0].home, problem.graph.tensors[block.name].size_bytes),)
 
 
-def test_other_contexts_are_looked_for_as_far_as_positions_go_and_in_the_times_of_this_one(workspace, monkeypatch):
+def test_other_contexts_are_searched_up_to_the_models_positions(workspace, monkeypatch):
     problem, aim = problem_of(monkeypatch, {**LLAMA, "max_position_embeddings": 512})
     stated = Statement(problem, aim, problem.accelerators[0])
     contexts = stated.contexts(200)

@@ -1,4 +1,4 @@
-"""What an adapter's config adds to a model is what PEFT adds, and computes what PEFT computes."""
+"""The tensors and computations that an adapter's config is predicted to add are those that PEFT adds."""
 
 from __future__ import annotations
 
@@ -32,26 +32,26 @@ def biased():
 
 
 def saved_config(model):
-    """A PEFT model's config as it stands in `adapter_config.json`."""
+    """Return a PEFT model's config as `adapter_config.json` has it."""
     value = json.loads(json.dumps(model.peft_config["default"].to_dict(), default=list))
     return parse_config({key: each.value if hasattr(each, "value") else each for key, each in value.items()})
 
 
 def stored(model):
-    """What PEFT saves of an adapter: shapes by name."""
+    """Return the shapes by name that PEFT saves of an adapter."""
     tensors = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
 def twin(model, config):
-    """A copy of a model that is given what the adapter adds, by us."""
+    """Return a copy of a model to which our code adds what the adapter adds."""
     result = copy.deepcopy(model)
     adapt(result, config)
     return result
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_is_added_is_what_peft_saves(kind):
+def test_predicted_adapter_tensors_are_those_that_peft_saves(kind):
     model = biased()
     config = saved_config(real := adapted(copy.deepcopy(model), **KINDS[kind]))
     graph = graph_of(twin(model, config), torch.float32)
@@ -79,7 +79,7 @@ def run(model):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_is_computed_is_what_peft_computes_kernel_by_kernel(kind):
+def test_predicted_adapter_kernels_are_those_that_peft_runs(kind):
     model = biased()
     real = adapted(copy.deepcopy(model), **KINDS[kind])
     ours = twin(model, saved_config(real))
@@ -92,14 +92,14 @@ def test_what_is_computed_is_what_peft_computes_kernel_by_kernel(kind):
     assert our_operations == their_operations
 
 
-def test_gpt2s_linear_modules_stand_the_other_way_round():
+def test_adapters_of_gpt2s_transposed_linear_modules():
     model = small(MODELS["learned"])
     real = adapted(copy.deepcopy(model), target_modules=["c_attn", "c_fc"], fan_in_fan_out=True, use_dora=True)
     graph = graph_of(twin(model, saved_config(real)), torch.float32)
     assert {name_in_file(name): graph.tensors[name].shape for name in graph.adapter_tensors} == stored(real)
 
 
-def test_a_classifiers_head_is_brought_whole_whether_or_not_its_config_says_so():
+def test_an_adapter_of_a_classifier_includes_the_whole_head():
     model = small(kind=AutoModelForSequenceClassification)
     real = adapted(copy.deepcopy(model), target_modules="all-linear", task_type="SEQ_CLS")
     config = saved_config(real)
@@ -138,14 +138,14 @@ LORA = {"peft_type": "LORA", "target_modules": ["q_proj"]}
         ({"target_modules": ".*", "layers_to_transform": [1]}, "`layers_to_transform` .* has no effect"),
     ],
 )
-def test_a_config_that_cannot_be_meant_says_where(change, told):
+def test_an_invalid_adapter_config_is_an_error_with_its_key(change, told):
     with pytest.raises(AdapterError, match=told) as caught:
         parse_config({**LORA, **change})
     assert caught.value.help
 
 
 @pytest.mark.parametrize("value", [None, [], "LORA", 5])
-def test_what_is_no_object_is_no_config(value):
+def test_an_adapter_config_that_is_no_object_is_an_error(value):
     with pytest.raises(AdapterError, match="holds no JSON object"):
         parse_config(value)
 
@@ -165,12 +165,12 @@ def test_what_is_no_object_is_no_config(value):
         ),
     ],
 )
-def test_a_config_that_does_not_fit_the_model_is_told(change, told):
+def test_an_adapter_config_that_does_not_fit_the_model_is_an_error(change, told):
     with pytest.raises(AdapterError, match=told):
         adapt(small(), parse_config({**LORA, **change}))
 
 
-def test_an_expression_that_runs_away_elsewhere_does_not_here():
+def test_a_catastrophic_regular_expression_is_matched_quickly():
     names = parse_config({**LORA, "target_modules": r"(([a-z_]+|\d+)*\.?)*q_proj"})
     model = small()
     adapt(model, names)

@@ -1,7 +1,4 @@
-"""Every mistake is reported in one run: two independent ones of a profile give what each gives by itself.
-
-So do those in several files or machines that a command is given.
-"""
+"""Several mistakes of a profile are reported in one run, each as it is reported alone."""
 
 from __future__ import annotations
 
@@ -146,7 +143,7 @@ HIDDEN = {
 
 
 def changed(*names):
-    """The base profile with these mistakes."""
+    """Return the base profile with these mistakes."""
     document = deepcopy(BASE)
     for route, value in (MISTAKES[name] for name in names):
         holder = document
@@ -160,20 +157,20 @@ def changed(*names):
 
 
 def errors(document):
-    """The errors of a profile, without the numbers of the pins and the strategy that one may be said of."""
+    """Return the errors of a profile, without the numbers of pins and the strategy that some messages name."""
     Path("profile.yaml").write_text(yaml.safe_dump(document, sort_keys=False), encoding="utf-8")
     found = run_pipeline(Request(path=Path("profile.yaml"))).diagnostics
     return {(each.code, re.sub(r"\[\d+\]|strategy: \w+", "", each.message)) for each in found if each.is_error}
 
 
 def may_be_together(first, second):
-    """Whether there is a profile with both mistakes, and none may hide the other."""
+    """Tell whether a profile can have both mistakes, and neither can hide the other."""
     is_hidden = (first, second) in HIDDEN or (second, first) in HIDDEN
     return not is_hidden and (MISTAKES[first][0] != MISTAKES[second][0] or MISTAKES[first][0][-1] == NEW)
 
 
 def sets_of_mistakes():
-    """Sets of mistakes that hide none of each other; every pair of such mistakes is in one of them."""
+    """Return sets of mistakes that do not hide each other; every pair of such mistakes is in one set."""
     left = {pair: None for pair in combinations(MISTAKES, 2) if may_be_together(*pair)}
     while left:
         together = list(next(iter(left)))
@@ -186,19 +183,19 @@ def sets_of_mistakes():
         yield together
 
 
-def test_the_profile_is_right_without_a_mistake(workspace):
+def test_the_base_profile_has_no_mistakes(workspace):
     assert errors(BASE) == set()
 
 
-def test_mistakes_are_reported_together_as_each_is_alone(workspace):
+def test_mistakes_are_reported_together_as_each_alone(workspace):
     alone = {name: errors(changed(name)) for name in MISTAKES}
     assert [name for name, found in alone.items() if not found] == []
     for together in sets_of_mistakes():
         assert errors(changed(*together)) == set().union(*(alone[name] for name in together))
 
 
-def test_what_a_mistake_may_be_about_is_left_out(workspace):
-    """The table of what is hidden holds nothing that is not."""
+def test_the_table_of_hidden_mistakes_is_exact(workspace):
+    """It lists no mistake that is not hidden."""
     for first, second in HIDDEN:
         both = errors(changed(first)) | errors(changed(second))
         assert errors(changed(first, second)) < both, (first, second)
@@ -222,7 +219,7 @@ OF_SEVERAL = {
 
 
 @pytest.mark.parametrize("command", OF_SEVERAL)
-def test_mistakes_in_all_that_a_command_is_given_are_reported_together(workspace, command):
+def test_mistakes_in_all_files_of_a_command_are_reported_together(workspace, command):
     Path("base.yaml").write_text(yaml.safe_dump(BASE, sort_keys=False))
     Path("mistyped.yaml").write_text(MISTYPED)
     Path("unknown.yaml").write_text(UNKNOWN)
@@ -233,7 +230,7 @@ def test_mistakes_in_all_that_a_command_is_given_are_reported_together(workspace
     assert not Path("page.html").exists()
 
 
-def test_what_is_wrong_with_a_machine_is_shown_where_it_is_written(workspace):
+def test_errors_of_a_machine_are_shown_in_its_file(workspace):
     Path("base.yaml").write_text(yaml.safe_dump(BASE, sort_keys=False))
     Path("unknown.yaml").write_text(UNKNOWN)
     done = CliRunner().invoke(devmap, ["fit", "base.yaml", "--on", "unknown.yaml"], standalone_mode=False)
@@ -241,6 +238,6 @@ def test_what_is_wrong_with_a_machine_is_shown_where_it_is_written(workspace):
     assert "2 errors" in done.stderr
 
 
-def test_all_variables_that_are_none_are_named(workspace):
+def test_all_unknown_variables_are_named(workspace):
     done = CliRunner().invoke(devmap, ["compile", "base.yaml", "--set", "a", "--set", "b"], standalone_mode=False)
     assert "`a` is not of the form NAME=VALUE, in UTF-8; `b` is not" in done.exception.format_message()

@@ -1,4 +1,4 @@
-"""Amounts and other words of messages read as their docstrings show, which `test_docstrings.py` runs."""
+"""Every function that writes amounts and words of messages has an example, which `test_docstrings.py` runs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Plans are made anew while loading lacks room: a few times, however little each time is gained."""
+"""Plans are made again if loading lacks room: a limited number of times, however little each attempt gains."""
 
 import json
 from pathlib import Path
@@ -35,8 +35,8 @@ placement: {{strategy: {strategy}, offload: {{folder: ./offload}}}}
 
 
 @pytest.mark.parametrize("strategy", ["sequential", "auto", "fewest-devices"])
-def test_what_stays_put_for_less_room_is_left_less_by_each_attempt(strategy, workspace, monkeypatch):
-    """Here loading lacks 128 bytes anew, for each 128 that the CPU is left less."""
+def test_each_attempt_leaves_less_room_if_the_plan_does_not_change(strategy, workspace, monkeypatch):
+    """Here loading lacks another 128 bytes for each 128 bytes that the CPU is left less."""
     Path("experts").mkdir()
     Path("experts/config.json").write_text(json.dumps(MIXTURE))
     Path("profile.yaml").write_text(PROFILE.format(strategy=strategy))

@@ -1,4 +1,4 @@
-"""On which rates predicted times rest: what a profile says of its rates, and what is said of times that take them."""
+"""Predicted times state the basis of the rates that they use: stated, measured, or calibrated."""
 
 import json
 import re
@@ -52,11 +52,11 @@ def rates_of(hardware, strategy="fastest"):
         (cpu("measured", "measured", "measured").partition(", host")[0], "stated"),
     ],
 )
-def test_a_time_is_known_no_better_than_any_rate_that_it_takes(workspace, hardware, basis):
+def test_the_basis_of_a_time_is_that_of_its_weakest_rate(workspace, hardware, basis):
     assert rates_of(hardware) == {"decode": basis, "prefill": basis}
 
 
-def test_a_link_counts_where_something_crosses_it(workspace):
+def test_a_link_counts_only_if_something_crosses_it(workspace):
     card = "cuda:0: {memory: 9GiB, bandwidth: 9GB/s measured, flops: 9TFLOP/s measured}, cpu: {memory: 9GiB}"
     machine = f"devices: {{{card}}}, host: {{dispatch: 9us measured}}, links: {{host: 9GB/s"
     head_on_cpu = "manual, device_map: {model: cuda:0, lm_head: cpu}"
@@ -65,7 +65,7 @@ def test_a_link_counts_where_something_crosses_it(workspace):
     assert rates_of(machine + " measured}", head_on_cpu)["decode"] == "measured"
 
 
-def test_what_was_seen_is_reached_whatever_the_catalogue_says(workspace):
+def test_measured_rates_are_not_reduced_by_the_catalogues_efficiency(workspace):
     card = "devices: {cuda:0: {accelerator: rtx-4090, bandwidth: 800GB/sWORD}}"
     stated, measured = (compiled(card.replace("WORD", word)).inventory for word in ("", " measured"))
     assert stated.devices[0].reached("bandwidth_bytes_per_second") == 640 * 10**9
@@ -75,14 +75,14 @@ def test_what_was_seen_is_reached_whatever_the_catalogue_says(workspace):
     assert stated.to_json() != measured.to_json()
 
 
-def test_a_lock_does_not_depend_on_how_rates_are_known(workspace):
+def test_a_lock_does_not_depend_on_the_basis_of_rates(workspace):
     from devmap_config.plan.inputs import inputs_of
 
     said = [inputs_of(compiled(hardware)).to_json() for hardware in (cpu(), cpu("measured", "calibrated", "measured"))]
     assert said[0] == said[1]
 
 
-def test_stages_rest_on_the_weakest_rate_of_their_devices_and_of_the_links_between_them(workspace):
+def test_the_basis_of_stages_is_the_weakest_rate_of_devices_and_links(workspace):
     card = "memory: 1GiB, flops: 9TFLOP/s measured, bandwidth: 9GB/s"
     machine = f"devices: {{cuda:0: {{{card} measured}}, cuda:1: {{{card} READ}}}}, links: {{peer: 9GB/s LINK}}"
     for read, link, basis in (("", "", "stated"), ("measured", "measured", "measured"), ("measured", "", "stated")):
@@ -103,7 +103,7 @@ def said_by_diff(*sides):
     return found["decode"]["before"], found["decode"]["after"], run("diff", *sides).splitlines()[-1]
 
 
-def test_a_difference_says_on_what_the_times_of_both_plans_rest(workspace, monkeypatch):
+def test_diff_states_the_basis_of_both_plans(workspace, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     measured = cpu("measured", "measured", "measured").replace("90G", "99G")
     for name, hardware in (("own.yaml", cpu()), ("seen.yaml", measured), ("plain.yaml", cpu().partition(", host")[0])):
@@ -125,7 +125,7 @@ def test_a_difference_says_on_what_the_times_of_both_plans_rest(workspace, monke
     assert markdown[-1] == "The times before rest on stated rates, the times after rest on measured rates."
 
 
-def test_what_another_place_would_take_rests_on_what_either_takes(workspace):
+def test_the_basis_of_an_alternative_includes_both_places(workspace):
     card = "cuda:0: {memory: 9GiB, bandwidth: 9GB/s measured, flops: 9TFLOP/s measured}, cpu: {memory: 9GiB}"
     compiled(f"devices: {{{card}}}, host: {{dispatch: 9us measured}}, links: {{host: 9GB/s}}")
     told = json.loads(run("explain", "p.yaml", "lm_head", "--format", "json"))
@@ -139,12 +139,12 @@ def test_what_another_place_would_take_rests_on_what_either_takes(workspace):
     ("rate", "help"),
     [("9GB/s measurd", "`9GB/s measured`"), ("9GB/s calibrate", "`9GB/s calibrated`"), ("9GB/s often", "`25GB/s`")],
 )
-def test_a_word_that_does_not_say_how_a_rate_is_known_is_refused(workspace, rate, help):
+def test_an_unknown_word_for_the_basis_of_a_rate_is_refused(workspace, rate, help):
     [found] = compiled(f"devices: {{cpu: {{memory: 9GiB, bandwidth: {rate}}}}}", "auto").diagnostics
     assert (found.code, help in found.help) == ("bad-quantity", True)
 
 
-def test_a_machine_is_written_with_how_its_rates_are_known():
+def test_a_written_machine_keeps_the_basis_of_its_rates():
     described = {
         "devices": {"cpu": {"memory": "9GiB", "bandwidth": "9GB/s measured", "flops": "90GFLOP/s"}},
         "links": {"host": "25GB/s calibrated", "disk": "2GB/s"},
@@ -167,7 +167,7 @@ def run(*arguments):
     return CliRunner().invoke(devmap, arguments, standalone_mode=False, catch_exceptions=False).stdout
 
 
-def test_a_plan_says_on_what_its_times_rest_and_how_far_such_runs_were_off(workspace, monkeypatch):
+def test_a_plan_states_the_basis_of_its_times_and_the_spread_of_such_runs(workspace, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     calibrated = cpu("calibrated", "calibrated", "calibrated") + ", spread: {decode: 90-120%}"
     plan = compiled(calibrated).plan
@@ -186,12 +186,12 @@ def test_a_plan_says_on_what_its_times_rest_and_how_far_such_runs_were_off(works
     assert f"T{said}." in " ".join(run("explain", "p.yaml").split())
 
 
-def test_the_spread_of_calibrated_rates_is_of_no_others(workspace):
+def test_the_spread_of_calibrated_rates_is_stated_only_for_them(workspace):
     found = compiled(cpu() + ", spread: {decode: 90-120%}")
     assert time_bases(found.plan, found.graph, found.inventory)["decode"].least_nanoseconds is None
 
 
-def test_two_phases_may_rest_on_two_kinds_of_rates(workspace):
+def test_prefill_and_decode_can_have_different_bases(workspace):
     attention = ", attention: {decode: 9GFLOP/s measured, prefill: 90GFLOP/s}"
     hardware = cpu("measured", f"measured{attention}", "measured")
     Path("p.yaml").write_text(PROFILE.replace("llama}", "llama, dtype: bfloat16}").replace("HARDWARE", hardware))
@@ -206,7 +206,7 @@ ROW = re.compile(
 RATIO = re.compile(r"\| .* \| (?P<phase>decode|prefill) \| [\d.]+ \| (?P<least>[\d.]+) to (?P<most>[\d.]+) \|")
 
 
-def test_the_spreads_that_are_told_are_those_of_the_page():
+def test_the_stated_spreads_are_those_of_the_page():
     page = (REPOSITORY / "docs" / "fidelity.md").read_text(encoding="utf-8")
     for phase in ("decode", "prefill"):
         rows = [row for row in ROW.finditer(page) if row["phase"] == phase and not row["fits"].strip()]

@@ -1,4 +1,4 @@
-"""transformers' strategies with a workload: plans for budgets that leave it room, which plain transformers repeats."""
+"""transformers' strategies with a workload make plans that leave it room, and print budgets that repeat them."""
 
 from __future__ import annotations
 
@@ -61,14 +61,14 @@ def test_with_pins_only_the_map_makes_the_plan(profile):
     assert "makes the same map" not in table
 
 
-def test_without_a_workload_nothing_is_said_of_budgets(profile):
+def test_without_a_workload_no_budgets_are_printed(profile):
     path = profile()
     path.write_text(path.read_text().replace("workload: {context_length: 256}\n", ""))
     assert compile_profile(path).max_memory is None
     assert "max_memory" not in run("compile", str(path))[1]
 
 
-def test_no_plan_found_is_not_called_impossible_and_tells_what_our_own_strategies_do(profile):
+def test_if_transformers_finds_no_plan_our_strategies_are_suggested(profile):
     code, _, message = run("compile", str(profile(cpu="10KiB", pins="{match: model.layers, device: cuda:0}")))
     assert code == 1
     assert "no plan of `sequential` was found in" in message

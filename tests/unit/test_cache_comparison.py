@@ -1,4 +1,4 @@
-"""From which context on a cache is better offloaded: both are planned, and what is said is what compiling gives."""
+"""The context from which an offloaded cache is better is where compiling both plans changes their order."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ placement: {strategy: fastest}
 
 @pytest.fixture(autouse=True)
 def few_contexts(workspace, monkeypatch):
-    """A model that is meant for 1,024 tokens."""
+    """A model with 1,024 positions."""
     Path("llama/config.json").write_text(json.dumps(LLAMA | {"max_position_embeddings": 1024}))
     monkeypatch.setattr(caches, "HALVINGS", 1)
 
@@ -47,7 +47,7 @@ def nanoseconds_of(found):
     return [each and each["prediction"]["decode_nanoseconds_per_token"] for each in map(found.get, caches.CACHES)]
 
 
-def test_from_where_it_crosses_compiling_both_gives_the_other_order():
+def test_the_stated_context_is_where_the_faster_of_both_plans_changes():
     told = compared(written())
     by_length = {each["context_length"]: each for each in told["caches"]}
     assert list(by_length) == [64, 544, 1024]
@@ -65,7 +65,7 @@ def test_from_where_it_crosses_compiling_both_gives_the_other_order():
         assert (taken[1] < taken[0]) == (length == 1024)
 
 
-def test_where_it_cannot_be_offloaded_the_reason_is_said():
+def test_a_cache_that_cannot_be_offloaded_is_reported_with_the_reason():
     profile = written(memory="2MiB", text=PROFILE.replace(", cpu: {memory: 1GiB}", ""))
     (said,) = compared(profile)["explanation"]
     assert said == (
@@ -74,13 +74,13 @@ def test_where_it_cannot_be_offloaded_the_reason_is_said():
     )
 
 
-def test_without_rates_nothing_is_called_better():
+def test_without_rates_no_cache_is_called_better():
     text = PROFILE.replace(", bandwidth: 1TB/s, flops: 100TFLOP/s", "").replace("fastest", "fewest-devices")
     (said,) = compared(written(memory="8MiB", text=text))["explanation"]
     assert said.startswith("How long a token takes is not known")
 
 
-def test_to_offload_the_cache_is_proposed_where_that_fits():
+def test_offloading_the_cache_is_proposed_if_it_fits():
     profile = written(context=1024, memory="850KiB")
     found = run_pipeline(Request(path=profile))
     assert isinstance(found, Rejected)

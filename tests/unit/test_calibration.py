@@ -1,4 +1,4 @@
-"""Rates fitted to receipts: those that made the times are found again, and what cannot be fitted is refused."""
+"""Calibration recovers the rates that made the times of receipts, and refuses receipts that cannot be fitted."""
 
 import json
 from collections import Counter
@@ -23,7 +23,7 @@ CARD = Device.from_text("cuda:0")
 
 
 def machine(bandwidth, flops, dispatch, *, host=10, unpinned=5, disk=2):
-    """A CPU, a card ten times as fast, and a disk; rates in G a second."""
+    """Return a CPU, a card ten times as fast, and a disk; rates in G a second."""
     rates = {"memory_bytes": 2**36, "capacity_bytes": 2**36}
     devices = (
         InventoryDevice(
@@ -42,14 +42,14 @@ def machine(bandwidth, flops, dispatch, *, host=10, unpinned=5, disk=2):
 
 
 def forward(device, layers, width, tokens, copies=()):
-    """What a forward of a dense model does: some layers, with next to nothing outside."""
+    """Return the operations and bytes of a dense model's forward: some layers, and next to nothing outside."""
     step = ModuleWork(2 * width * width, 2 * tokens * width * width, launches=4)
     layer = Segment(Counter({(device, step): 4}), Counter({device: 60}), list(copies))
     return [(layer, layers), (Segment(dispatches=Counter({device: 76})), 1)]
 
 
 def receipt(truth, believed, phases, **changes):
-    """A receipt of runs that took as long as they would on the machine that is true."""
+    """Return a receipt of runs with the times that they would have on the true machine."""
     predicted, seconds = ({}, {"prompt_tokens": 64, "new_tokens": 8})
     written = {}
     for phase, segments in phases.items():
@@ -96,7 +96,7 @@ def fitted(folder, *receipts):
     return fit([read_receipt(path) for path in written(folder, *receipts)])
 
 
-def test_a_cpus_rates_are_found_again(tmp_path):
+def test_calibration_recovers_the_rates_of_a_cpu(tmp_path):
     found = fitted(tmp_path, *(receipt(TRUTH, BELIEVED, dense(*size)) for size in SIZES))
     cpu = found.inventory.devices[1]
     assert cpu.bandwidth_bytes_per_second == pytest.approx(12 * 10**9, rel=0.01)
@@ -109,8 +109,8 @@ def test_a_cpus_rates_are_found_again(tmp_path):
     assert set(found.spreads) == {"decode", "prefill"}
 
 
-def test_the_spread_is_of_runs_that_nothing_was_fitted_with(tmp_path):
-    """One token takes a third longer than all others say: fitted to, it is half as far off as left out."""
+def test_the_spread_is_computed_from_runs_left_out_of_the_fit(tmp_path):
+    """One token takes a third longer than all others predict; included in the fit, it would be half as far off."""
     receipts = [receipt(TRUTH, BELIEVED, dense(*size)) for size in SIZES]
     receipts[1]["cases"][0]["generation"]["decode_seconds_per_token"] *= 1.33
     found = fitted(tmp_path, *receipts)
@@ -120,8 +120,8 @@ def test_the_spread_is_of_runs_that_nothing_was_fitted_with(tmp_path):
     assert found.spreads["decode"].most_percent >= 132
 
 
-def test_a_cards_rates_are_found_again_though_the_host_seemed_to_be_all(tmp_path):
-    """By what was believed, the host binds every token; in truth it does so in the small models alone."""
+def test_calibration_recovers_a_cards_rates_hidden_behind_the_host(tmp_path):
+    """The prior rates make the host the limit of every token; truly it limits only the small models."""
     truth, believed = machine(12, 300, 3000, unpinned=7), machine(14, 250, 900_000)
     sizes = ((8, 256), (16, 4096), (24, 8192), (12, 6144))
     copied = Copy(CPU, CARD, 10**8)
@@ -137,8 +137,8 @@ def test_a_cards_rates_are_found_again_though_the_host_seemed_to_be_all(tmp_path
     assert set(hardware_block(found)["links"]) == {"unpinned"}
 
 
-def test_links_are_fitted_and_written_as_a_profile_names_them(tmp_path):
-    """What is brought ahead of its use takes as long as its link: from the CPU, and from the disk through it."""
+def test_links_are_fitted_and_printed_as_in_a_profile(tmp_path):
+    """Weights copied ahead take the time of their link: from the CPU, and from the disk through it."""
     truth = replace(machine(12, 300, 3000, host=20, disk=3), together_bytes_per_second=30 * 10**9)
     believed = replace(machine(12, 300, 3000), together_bytes_per_second=15 * 10**9)
     from_cpu, from_disk = Copy(CPU, CARD, 10**8, is_pinned=True), Copy(DISK, CPU, 10**8)
@@ -151,7 +151,7 @@ def test_links_are_fitted_and_written_as_a_profile_names_them(tmp_path):
     assert links == {"together": "30.0GB/s calibrated", "host": "20.0GB/s calibrated", "disk": "3.00GB/s calibrated"}
 
 
-def test_of_one_receipt_two_factors_are_fitted_and_said_to_be(tmp_path):
+def test_one_receipt_fits_two_factors_and_says_so(tmp_path):
     found = fitted(tmp_path, receipt(TRUTH, BELIEVED, dense(16, 1024)))
     assert [[str(name) for name in group] for group in found.groups] == [
         ["cpu flops"],
@@ -163,14 +163,14 @@ def test_of_one_receipt_two_factors_are_fitted_and_said_to_be(tmp_path):
     assert found.spreads == {}
 
 
-def test_of_one_time_one_factor_is_fitted(tmp_path):
+def test_one_time_fits_one_factor(tmp_path):
     phases = {"decode": dense(16, 1024)["decode"]}
     found = fitted(tmp_path, receipt(TRUTH, BELIEVED, phases))
     assert [len(group) for group in found.groups] == [3]
 
 
 @pytest.mark.parametrize("map", ["cuda:0", "cpu"])
-def test_amounts_say_what_the_plan_says(workspace, map):
+def test_fitted_amounts_are_those_of_the_plan(workspace, map):
     Path("p.yaml").write_text(
         "version: 1\nmodel: {source: llama}\nworkload: {context_length: 64}\n"
         "hardware: {devices: {cuda:0: rtx-4090, cpu: {memory: 9GiB, bandwidth: 9GB/s, flops: 1TFLOP/s}}}\n"
@@ -188,7 +188,7 @@ def run(*arguments):
     return CliRunner().invoke(calibrate, list(map(str, arguments)), standalone_mode=False, catch_exceptions=False)
 
 
-def test_what_is_printed_is_yaml_that_a_machine_is_extended_by(tmp_path, workspace):
+def test_calibrate_prints_yaml_that_a_machine_can_extend(tmp_path, workspace):
     paths = written(Path(), *(receipt(TRUTH, BELIEVED, dense(*size)) for size in SIZES))
     done = run(*paths)
     assert done.return_value == 0
@@ -249,8 +249,8 @@ def test_receipts_that_cannot_be_fitted_together_are_refused(tmp_path, changes, 
     assert done.stdout == ""
 
 
-def test_a_rate_that_one_receipt_alone_depends_on_is_fitted_beside_the_others(tmp_path):
-    """As profiles of one machine name its disk only where a model is too large."""
+def test_a_rate_used_by_one_receipt_is_fitted_with_the_others(tmp_path):
+    """Profiles of one machine name its disk only if a model is too large for the memory."""
     [whole, *others] = SIZES
     alone = Inventory(BELIEVED.devices[1:2], {}, BELIEVED.dispatch_nanoseconds)
     reading = dense(*whole, copies=[Copy(DISK, CPU, 10**8)])
@@ -265,14 +265,14 @@ def test_a_rate_that_one_receipt_alone_depends_on_is_fitted_beside_the_others(tm
     assert all(time is not None for time in believed)  # without it, the disk is as fast as it was believed to be
 
 
-def test_compiled_code_is_refused(tmp_path):
+def test_receipts_of_compiled_code_are_refused(tmp_path):
     value = receipt(TRUTH, BELIEVED, dense(16, 1024))
     value["cases"][0]["compiled"] = True
     done = run(*written(tmp_path, value))
     assert (done.return_value, "is of compiled code" in " ".join(done.stderr.split())) == (1, True)
 
 
-def test_the_packages_own_receipts_are_of_an_earlier_version():
+def test_shipped_receipts_of_an_earlier_version_are_refused():
     from devmap_config.runner.receipts import FOLDER
 
     done = run(FOLDER / "llama-3.1-8b.json")
@@ -281,7 +281,7 @@ def test_the_packages_own_receipts_are_of_an_earlier_version():
 
 @pytest.mark.parametrize("value", [-1, "9", [1], float("inf"), pytest.param(10**400, id="long")])
 @pytest.mark.parametrize("where", ["rate", "link", "dispatch", "step", "count", "time"])
-def test_an_amount_that_can_be_none_is_told(tmp_path, where, value):
+def test_an_impossible_amount_in_a_receipt_is_an_error(tmp_path, where, value):
     written_of = receipt(TRUTH, BELIEVED, dense(16, 1024))
     [case] = written_of["cases"]
     segment = case["forward"]["decode"][0]
@@ -299,7 +299,7 @@ def test_an_amount_that_can_be_none_is_told(tmp_path, where, value):
 
 
 @pytest.mark.parametrize("text", [None, "{", "{}", "[1]", '{"receipt_version": 2, "cases": [1]}'])
-def test_a_file_that_is_no_receipt_is_told(tmp_path, text):
+def test_a_file_that_is_no_receipt_is_an_error(tmp_path, text):
     path = tmp_path / "x.json"
     if text is not None:
         path.write_text(text)

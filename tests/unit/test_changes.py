@@ -1,4 +1,4 @@
-"""A stale lock says which value changed, from what to what; what follows from another change is not said again."""
+"""A stale lock names the changed value with its old and new content, and omits consequences of other changes."""
 
 from __future__ import annotations
 
@@ -46,13 +46,13 @@ def change_config(**changed):
     path.write_text(json.dumps({**json.loads(path.read_text()), **changed}))
 
 
-def test_nothing_changed(lock):
+def test_an_unchanged_profile_has_no_changes(lock):
     assert changed_inputs(lock, compiled("# a comment\n" + PROFILE).inputs, {}) == ()
     change_config(transformers_version="6.0")
     assert changed_inputs(lock, compiled().inputs, {}) == ()
 
 
-def test_a_value_of_the_config(lock):
+def test_a_changed_config_value_is_named(lock):
     change_config(num_hidden_layers=7, rope_theta=1e6)
     assert changed_inputs(lock, compiled().inputs, {}) == (
         "the model's config: `num_hidden_layers` 6 → 7, `rope_theta` is new: 1000000.0",
@@ -68,19 +68,19 @@ def test_a_value_of_the_config(lock):
         ("    - {match: lm_head, device: cpu}\n", "", "`placement.pins[0].match` lm_head → model.norm"),
     ],
 )
-def test_a_value_of_the_profile(lock, before, after, said):
+def test_a_changed_profile_value_is_named(lock, before, after, said):
     (phrase,) = changed_inputs(lock, compiled(PROFILE.replace(before, after)).inputs, {})
     assert phrase.startswith("the profile: ")
     assert said in phrase
 
 
-def test_many_values_are_counted(lock):
+def test_many_changed_values_are_counted(lock):
     change_config(a=1, b=2, c=3, d=4, e=5)
     (phrase,) = changed_inputs(lock, compiled().inputs, {})
     assert phrase.endswith("`c` is new: 3 and 2 more")
 
 
-def test_a_figure_of_the_catalogue(workspace):
+def test_a_changed_catalogue_value_is_named(workspace):
     profile = "version: 1\nmodel: {source: llama}\nhardware: {devices: {'cuda:[0-1]': rtx-4090}}\n"
     now = compiled(profile)
     lock = lock_of(now.plan, now.inputs, {}, {})
@@ -95,8 +95,8 @@ def test_a_figure_of_the_catalogue(workspace):
     assert phrase.startswith("the hardware: `cuda:[0-1].flops_per_second` 1 → 165,2")
 
 
-def test_a_host_counts_as_hardware_where_a_profile_says_how_fast_it_is(workspace):
-    """Else no machine has changed where this package takes another host to be usual."""
+def test_the_host_counts_as_hardware_only_if_the_profile_states_its_rates(workspace):
+    """Otherwise a new default host in this package would make every machine look changed."""
     profile = "version: 1\nmodel: {source: llama}\nhardware:\n  devices: {cuda:0: rtx-4090}\n"
     unsaid, said = (compiled(profile + host).inputs for host in ("", "  host: {dispatch: 3us}\n"))
     assert said.values["hardware"]["host.dispatch_nanoseconds"] == 3000
@@ -104,13 +104,13 @@ def test_a_host_counts_as_hardware_where_a_profile_says_how_fast_it_is(workspace
     assert (unsaid.hardware == said.hardware, unsaid.hardware) == (False, compiled(profile).inputs.hardware)
 
 
-def test_a_tree_that_other_libraries_read_otherwise(lock, monkeypatch):
+def test_a_module_tree_changed_by_other_libraries_is_named(lock, monkeypatch):
     monkeypatch.setattr(changes, "library_versions", lambda: {"torch": "2.14"})
     now = replace(compiled().inputs, graph="sha256:0")
     assert changed_inputs(lock, now, {}) == ("the model's module tree changed (torch 2.13 → 2.14)",)
 
 
-def test_the_commit(lock):
+def test_a_changed_commit_is_named(lock):
     earlier = replace(lock, inputs={**lock.inputs, "commit": "a" * 40})
     now = replace(compiled().inputs, commit="b" * 40)
     assert changed_inputs(earlier, now, {}) == (
@@ -118,7 +118,7 @@ def test_the_commit(lock):
     )
 
 
-def test_a_lock_without_values_is_read_and_says_which_input_changed(lock):
+def test_a_lock_without_values_names_the_changed_input(lock):
     value = json.loads(lock.to_text())
     for key in ("digest", "values", "hardware", "made_with"):
         del value[key]
@@ -132,7 +132,7 @@ def test_a_lock_without_values_is_read_and_says_which_input_changed(lock):
     )
 
 
-def test_what_is_long_or_a_path_of_one_machine_stands_as_a_digest():
+def test_long_values_and_local_paths_are_kept_as_digests():
     values = values_of(
         {"a": list(range(99)), "b": "x" * 199, "c": "/home/me/model", "d": {"e": [{"f": None}]}, "g": {}}
     )

@@ -1,4 +1,4 @@
-"""A chat template is a stranger's program: whatever it does, there is an answer soon, in bounded memory."""
+"""A chat template is a stranger's program: whatever it does, the result comes soon and in bounded memory."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def tokenizer(template):
         "",
     ],
 )
-def test_a_text_is_what_transformers_makes(template):
+def test_a_chat_is_rendered_as_by_transformers(template):
     writer = tokenizer(template)
     assert chat_text(writer, CHAT) == writer.apply_chat_template(CHAT, tokenize=False, add_generation_prompt=True)
 
@@ -47,7 +47,7 @@ def test_a_text_is_what_transformers_makes(template):
         "{{ 'a' * 10 ** 7 }}",
     ],
 )
-def test_what_takes_too_much_is_ended(template, monkeypatch):
+def test_a_template_that_takes_too_much_time_or_memory_is_ended(template, monkeypatch):
     monkeypatch.setattr(chat_templates, "MAX_CPU_SECONDS", 1)
     began, held, children = time.process_time(), psutil.Process().memory_info().rss, psutil.Process().children()
     with pytest.raises(TemplateFailedError, match="it takes more than"):
@@ -58,8 +58,8 @@ def test_what_takes_too_much_is_ended(template, monkeypatch):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere it is written in this process")
-def test_what_waits_for_ever_is_ended(monkeypatch):
-    """A process that begins while another thread holds a lock finds it held, by nobody."""
+def test_a_template_process_that_hangs_is_ended(monkeypatch):
+    """A process forked while another thread holds a lock finds it held for ever."""
     monkeypatch.setattr(chat_templates, "MAX_SECONDS", 1)
 
     class Waiting:
@@ -79,6 +79,6 @@ def test_what_waits_for_ever_is_ended(monkeypatch):
         ("{{ ''.__class__.__mro__ }}", "SecurityError: "),
     ],
 )
-def test_what_it_raises_is_told(template, reason):
+def test_errors_of_a_template_are_reported(template, reason):
     with pytest.raises(TemplateFailedError, match=reason):
         chat_text(tokenizer(template), CHAT)

@@ -1,4 +1,4 @@
-"""What the headers of a checkpoint say, and every way in which its files can be no checkpoint."""
+"""Headers of checkpoints are read, and files that are no valid checkpoint are named with the reason."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from devmap_config.graph.checkpoint import CheckpointError, read_checkpoint
 
 
 def safetensors(tensors, *, missing=0, more=b""):
-    """A file of zeros with this header."""
+    """Write a file of zeros with this header."""
     text = json.dumps({"__metadata__": {"format": "pt"}, **tensors}).encode()
     end = max((entry["data_offsets"][1] for entry in tensors.values()), default=0)
     return len(text).to_bytes(8, "little") + text + bytes(end - missing) + more
@@ -24,7 +24,7 @@ def entry(start, end, dtype="F16", shape=None):
 TWO = {"a": entry(0, 8), "b": entry(8, 20, shape=[2, 3])}
 
 
-def test_names_shapes_and_sizes_of_one_file(tmp_path):
+def test_one_file_gives_names_shapes_and_sizes(tmp_path):
     content = safetensors(TWO)
     (tmp_path / "model.safetensors").write_bytes(content)
     found = read_checkpoint(tmp_path, {})
@@ -35,7 +35,7 @@ def test_names_shapes_and_sizes_of_one_file(tmp_path):
     assert found.summary == {"file_count": 1, "tensor_count": 2, "size_bytes": len(content)}
 
 
-def test_several_files_by_their_index(tmp_path):
+def test_several_files_are_read_by_their_index(tmp_path):
     for name, tensors in {"x": {"a": entry(0, 8)}, "y": {"b": entry(0, 8)}}.items():
         (tmp_path / f"{name}.safetensors").write_bytes(safetensors(tensors))
     index = {"weight_map": {"a": "x.safetensors", "b": "y.safetensors"}}
@@ -50,7 +50,7 @@ def test_the_single_file_comes_before_the_index_as_in_transformers(tmp_path):
 
 
 @pytest.mark.parametrize("files", [[], ["adapter_model.safetensors"], ["training_args.bin", "tokenizer.json"]])
-def test_a_folder_without_weights(tmp_path, files):
+def test_a_folder_without_weights_has_no_checkpoint(tmp_path, files):
     for name in files:
         (tmp_path / name).write_bytes(b"")
     assert read_checkpoint(tmp_path, {}) is None
@@ -91,7 +91,7 @@ UNREADABLE = {
 
 
 @pytest.mark.parametrize("said", UNREADABLE)
-def test_a_file_that_is_none_is_named(tmp_path, said):
+def test_an_invalid_safetensors_file_is_named(tmp_path, said):
     (tmp_path / "model.safetensors").write_bytes(UNREADABLE[said])
     with pytest.raises(CheckpointError) as caught:
         read_checkpoint(tmp_path, {})
@@ -100,7 +100,7 @@ def test_a_file_that_is_none_is_named(tmp_path, said):
     assert said in str(caught.value)
 
 
-def test_links_folders_and_pipes(tmp_path):
+def test_links_folders_and_pipes_in_place_of_weights_are_refused(tmp_path):
     path = tmp_path / "model.safetensors"
     path.symlink_to(tmp_path / "gone")
     with pytest.raises(CheckpointError, match="link to a file that is not there"):
@@ -128,7 +128,7 @@ def test_links_folders_and_pipes(tmp_path):
         ("[" * 100_000, "is nested deeper than 32"),
     ],
 )
-def test_an_index_that_is_none(tmp_path, index, said):
+def test_an_invalid_index_is_an_error(tmp_path, index, said):
     (tmp_path / "model.safetensors.index.json").write_text(index)
     with pytest.raises(CheckpointError) as caught:
         read_checkpoint(tmp_path, {})
@@ -144,13 +144,13 @@ def test_an_index_that_is_none(tmp_path, index, said):
         ("weights.safetensors", "a name that transformers does not look for"),
     ],
 )
-def test_weights_that_are_not_loaded(tmp_path, name, said):
+def test_weights_of_other_formats_are_refused(tmp_path, name, said):
     (tmp_path / name).write_bytes(b"")
     with pytest.raises(CheckpointError, match=said):
         read_checkpoint(tmp_path, {})
 
 
-def test_a_file_that_the_config_names(tmp_path):
+def test_a_weights_file_named_by_the_config_is_read(tmp_path):
     (tmp_path / "weights.safetensors").write_bytes(safetensors(TWO))
     assert list(read_checkpoint(tmp_path, {"transformers_weights": "weights.safetensors"}).tensors) == ["a", "b"]
     with pytest.raises(CheckpointError, match="is not there"):

@@ -15,7 +15,7 @@ from devmap_config.diagnostics.sarif import diagnostics_to_sarif
 PAGES = {path.stem for path in (REPOSITORY / "docs" / "codes").glob("*.md")}
 
 
-def test_the_codes_are_those_that_have_a_page():
+def test_every_code_has_a_page():
     assert set(CODES) == PAGES
     assert len(set(CODES)) == len(CODES)
 
@@ -37,7 +37,7 @@ def test_a_page_names_its_severities_and_has_an_example_and_a_remedy(code):
 
 
 @pytest.mark.parametrize("code", CODES)
-def test_sarif_has_its_help_from_the_registry(code):
+def test_sarif_takes_its_help_from_the_registry(code):
     finding = Diagnostic(code=code, severity=severities(code)[0], message="so it is")
     [rule] = diagnostics_to_sarif([finding], "0.1.0")["runs"][0]["tool"]["driver"]["rules"]
     assert rule["id"] == code

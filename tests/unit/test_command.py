@@ -1,4 +1,4 @@
-"""What every command has in common: its shared options, how it fails, and what it exits with."""
+"""All commands share options, ways of failing, and exit codes."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ def run(made, *arguments):
 
 
 @pytest.mark.parametrize("name", ["compile", "check", "explain", "fit", "run", "serve", "simulate", "report", "update"])
-def test_commands_on_profiles_end_their_options_with_those_that_all_have(name):
+def test_commands_on_profiles_list_the_shared_options_last(name):
     options = [each.opts[-1] for each in devmap.commands[name].params if each.opts[-1].startswith("--")]
     assert options[-len(SHARED) :] == SHARED
 
 
-def test_a_function_gets_its_profile_by_its_lock_and_the_shared_options_in_one(tmp_path, monkeypatch):
+def test_a_command_gets_the_profile_of_a_lock_and_the_shared_options(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("p.yaml").write_text("version: 1\n")
 
@@ -58,7 +58,7 @@ def test_a_function_gets_its_profile_by_its_lock_and_the_shared_options_in_one(t
         (LibraryChangedError("torch", "what it had is gone"), "library-changed", ExitCode.WRONG),
     ],
 )
-def test_what_a_command_raises_is_one_object_and_an_exit_code(raised, code, exit_code):
+def test_an_error_is_one_json_object_and_an_exit_code(raised, code, exit_code):
     @command("fail", "table", "json")
     def fail(output_format):
         raise raised
@@ -71,7 +71,7 @@ def test_what_a_command_raises_is_one_object_and_an_exit_code(raised, code, exit
     assert (table.return_value, table.stdout, f"error[{code}]" in table.stderr) == (exit_code, "", True)
 
 
-def test_a_failure_shows_the_lines_that_it_speaks_of():
+def test_an_error_shows_the_lines_of_its_place():
     span = Span(file="p.yaml", line=1, column=1, end_line=1, end_column=5)
 
     @command("fail")
@@ -86,14 +86,14 @@ def test_check_has_words_and_an_exit_code_for_every_state():
     assert sorted(EXIT_CODES) == sorted(get_args(State))
 
 
-def test_the_page_of_the_commands_tells_every_exit_code():
+def test_the_page_of_commands_lists_every_exit_code():
     text = (REPOSITORY / "docs" / "commands.md").read_text(encoding="utf-8")
     _, _, table = text.partition("## Exit codes")
     codes = [int(number) for number in re.findall(r"^\| (\d+) \| ", table, re.MULTILINE)]
     assert codes == [code for code in ExitCode if code is not ExitCode.INTERRUPTED]
 
 
-def test_the_page_of_the_commands_names_every_command_and_option_that_is_not_shared():
+def test_the_page_of_commands_lists_every_command_and_its_options():
     text = (REPOSITORY / "docs" / "commands.md").read_text(encoding="utf-8")
     assert [name for name in devmap.commands if f"`devmap {name}" not in text] == []
     assert [name for name in SHARED if name not in text] == []

@@ -1,4 +1,4 @@
-"""Decoding by compiled code: offered where it was seen to be right and faster, refused elsewhere with the reason."""
+"""Compiled decoding is offered where it gives the same tokens faster, and refused elsewhere with the reason."""
 
 from pathlib import Path
 
@@ -49,7 +49,7 @@ def compiled(devices, cache="static", strategy="single", model="source: random")
     return deployment.plan, deployment.compiled.model, deployment.compiled.loaded.profile.workload
 
 
-def test_what_is_whole_on_one_card_is_compiled(model):
+def test_a_model_whole_on_one_card_is_compiled(model):
     require_compilable(*compiled(f"cuda:0: {CARD}"))
 
 
@@ -73,7 +73,7 @@ def test_what_is_whole_on_one_card_is_compiled(model):
         (f"cuda:0: {CARD}", "dynamic", "single", "the plan has no room for a static cache"),
     ],
 )
-def test_what_is_not_is_refused_before_it_is_loaded(model, devices, cache, strategy, reason):
+def test_plans_that_cannot_be_compiled_are_refused_before_loading(model, devices, cache, strategy, reason):
     deployment = compiled(devices, cache, strategy)
     with pytest.raises(RunnerError, match=reason) as raised:
         require_compilable(*deployment)
@@ -83,13 +83,13 @@ def test_what_is_not_is_refused_before_it_is_loaded(model, devices, cache, strat
         load_model("p.yaml", compile=True, probe=False)
 
 
-def test_what_rounds_elsewhere_on_a_cpu_is_refused(model):
+def test_dtypes_that_round_differently_on_a_cpu_are_not_compiled(model):
     deployment = compiled("cpu: {memory: 1GiB}", model="source: random, dtype: bfloat16")
     with pytest.raises(RunnerError, match=r"the plan has it in bfloat16 on the CPU, .* or in float32 on the CPU"):
         require_compilable(*deployment)
 
 
-def test_what_is_in_float32_on_the_cpu_is_compiled_where_there_is_a_compiler(model, monkeypatch):
+def test_float32_on_the_cpu_is_compiled_if_there_is_a_compiler(model, monkeypatch):
     deployment = compiled("cpu: {memory: 1GiB}")
     with monkeypatch.context() as patched:
         patched.setattr(cpp_builder, "get_cpp_compiler", lambda: "g++")
@@ -138,7 +138,7 @@ KINDS = {
 
 @pytest.mark.zoo  # torch compiles for half a minute
 @pytest.mark.parametrize("kind", KINDS)
-def test_logits_of_code_that_is_compiled_for_a_cpu_are_those_of_the_plain_model(kind, workspace):
+def test_logits_of_code_compiled_for_a_cpu_are_those_of_the_plain_model(kind, workspace):
     torch.manual_seed(0)
     KINDS[kind]().eval().save_pretrained("random")
     compiled("cpu: {memory: 1GiB}", model="source: random, dtype: float32")
@@ -161,12 +161,12 @@ def test_logits_of_code_that_is_compiled_for_a_cpu_are_those_of_the_plain_model(
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
 
 
-def test_what_transformers_does_not_compile_is_refused():
+def test_models_that_transformers_does_not_compile_are_refused():
     with pytest.raises(RunnerError, match="transformers compiles no model of its kind"):
         compile_decoding(ViTModel(ViTConfig(num_hidden_layers=1)))
 
 
-def test_what_transformers_says_it_compiles_and_calls_as_it_is_is_refused():
+def test_models_that_transformers_calls_uncompiled_are_refused():
     sizes = {**LLAMA, "model_type": "llama4_text", "num_local_experts": 2, "intermediate_size_mlp": 32}
     sizes = {name: value for name, value in sizes.items() if name not in ("architectures", "dtype")}
     with pytest.raises(RunnerError, match="transformers compiles no model of its kind"):

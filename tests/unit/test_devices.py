@@ -1,4 +1,4 @@
-"""Devices as values: equal, ordered and written in one way everywhere; nobody else takes their names apart."""
+"""Devices are values that compare, sort and print in one way, and only one module parses their names."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ def test_a_device_does_not_change():
         CPU.index = 1
 
 
-def test_devices_sort_as_they_are_filled():
+def test_devices_sort_in_filling_order():
     shuffled = random.Random(0).sample(IN_ORDER, len(IN_ORDER))
     assert shuffled != IN_ORDER
     assert sorted(shuffled) == IN_ORDER
 
 
 @pytest.mark.parametrize("device", IN_ORDER, ids=str)
-def test_the_text_of_a_device_names_it_in_a_lock_and_in_a_profile(device):
+def test_a_devices_text_is_its_name_in_locks_and_profiles(device):
     assert Device.from_text(str(device)) is device
     assert expand_devices(str(device), "npu") == (device,)
 
@@ -43,7 +43,7 @@ def test_the_text_of_a_device_names_it_in_a_lock_and_in_a_profile(device):
     [(Device("cuda", 2), 2, True), (Device("mps"), "mps", True), (CPU, "cpu", False), (DISK, "disk", False)],
     ids=str,
 )
-def test_what_transformers_is_told_of_a_device(device, in_device_map, is_accelerator):
+def test_the_name_of_a_device_for_transformers(device, in_device_map, is_accelerator):
     assert (device.in_device_map, device.is_accelerator) == (in_device_map, is_accelerator)
 
 
@@ -73,7 +73,7 @@ STORAGE = {"cpu", "disk"}
 
 
 def colons(tree):
-    """Where code takes a text apart at a colon."""
+    """Return the places at which code splits a text at a colon."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
             splits = node.func.attr in ("partition", "rpartition", "split", "rsplit")
@@ -82,7 +82,7 @@ def colons(tree):
 
 
 def comparisons(tree):
-    """Where code compares something with the text of a device; torch's own devices have a `type`."""
+    """Return the places at which code compares something with the text of a device; torch's devices have a `type`."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Compare):
             texts = {each.value for each in ast.walk(node) if isinstance(each, ast.Constant)} & STORAGE
@@ -95,7 +95,7 @@ OF_LINKS = {"'disk' in bandwidths"}
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(REPOSITORY)))
-def test_devices_are_read_in_one_place(path):
+def test_only_one_module_parses_device_names(path):
     tree = ast.parse(path.read_text())
     assert list(comparisons(tree)) == []
     assert bool(list(colons(tree))) == (str(path.relative_to(PACKAGE)) in OTHER_COLONS)
@@ -113,6 +113,6 @@ def test_devices_are_read_in_one_place(path):
         "stored_on == runs_on == 'cpu'",
     ],
 )
-def test_each_way_of_taking_a_name_apart_is_seen(source):
+def test_the_check_finds_each_way_of_parsing_a_name(source):
     tree = ast.parse(source)
     assert [*colons(tree), *comparisons(tree)] == [source]

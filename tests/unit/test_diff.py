@@ -1,4 +1,4 @@
-"""Two plans compared: what moved is folded into runs, parts are found in what they are parts of."""
+"""The difference of two plans folds moved modules into runs, and compares parts of blocks that one plan splits."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_a_plan_does_not_differ_from_itself():
     assert found.to_json()["equal"] is True
 
 
-def test_what_moves_is_folded_into_runs():
+def test_moved_layers_are_folded_into_runs():
     found = difference(plan(layers([0] * 12 + [1] * 4)), plan(layers([0] * 8 + [1] * 5 + ["cpu"] * 3)))
     assert found.moves == (
         Move(("model.layers.[8-11]",), home("cuda:0"), home("cuda:1")),
@@ -66,30 +66,30 @@ def test_what_moves_is_folded_into_runs():
     assert not found.is_none
 
 
-def test_a_block_that_one_plan_splits_is_looked_at_in_its_parts():
+def test_a_block_that_one_plan_splits_is_compared_by_parts():
     whole = {"layer.0": 0}
     parts = {"layer.0.attention": 0, "layer.0.mlp": "cpu"}
     assert difference(plan(whole), plan(parts)).moves == (Move(("layer.0.mlp",), home("cuda:0"), home("cpu")),)
     assert difference(plan({"": 0}), plan(parts)).moves == (Move(("layer.0.mlp",), home("cuda:0"), home("cpu")),)
 
 
-def test_computing_where_it_is_stored_is_a_home_of_its_own():
+def test_computing_on_the_cpu_instead_of_streaming_is_a_move():
     found = difference(plan({"a": "cpu"}), plan({"a": "cpu"}, {"a": "cpu"}))
     assert found.moves == (Move(("a",), home("cpu"), home("cpu", computes_there=True)),)
 
 
-def test_another_card_to_which_it_is_copied_is_a_home_of_its_own():
+def test_streaming_to_another_card_is_a_move():
     found = difference(plan({"a": "cpu"}), plan({"a": "cpu"}, {"a": "cuda:1"}))
     assert found.moves == (Move(("a",), home("cpu"), home("cpu", runs_on=Device("cuda", 1))),)
 
 
-def test_what_only_one_plan_has():
+def test_modules_of_only_one_plan_are_listed():
     found = difference(plan({"a": 0}), plan({"a": 0, "b": 1}, devices=("cuda:0", "cuda:1", "cpu", "disk")))
     assert found.moves == (Move(("b",), None, home("cuda:1")),)
     assert found.devices["disk"].before is None
 
 
-def test_modules_of_other_models_are_compared_where_both_have_them():
+def test_common_modules_of_different_models_are_compared():
     before = plan({"model.layers.0": 0, "model.layers.1": 1, "lm_head": 1})
     after = plan({"model.layers.0": 1, "model.layers.1.mlp": 0, "model.layers.1.gate": 0, "lm_head": 1})
     models = [{"model": name, "class": None, "config.layers": layers} for name, layers in (("a", 1), ("b", 2))]
@@ -101,12 +101,12 @@ def test_modules_of_other_models_are_compared_where_both_have_them():
     assert len(moved_source.moves) > 1
 
 
-def test_accelerators_go_by_their_own_names():
+def test_moves_name_accelerators_of_their_own_kind():
     found = difference(plan({"a": 0}, devices=("xpu:0", "xpu:1")), plan({"a": 1}, devices=("xpu:0", "xpu:1")))
     assert found.moves == (Move(("a",), home("xpu:0"), home("xpu:1")),)
 
 
-def test_bytes_times_and_settings_count_without_a_move():
+def test_plans_differ_by_bytes_times_and_settings_without_a_move():
     before = plan({"a": 0})
     for after in (
         plan({"a": 0}, strategy="fastest"),
@@ -117,13 +117,13 @@ def test_bytes_times_and_settings_count_without_a_move():
         assert not difference(before, after).is_none
 
 
-def test_a_lock_that_does_not_speak_of_buffers_leaves_them():
+def test_a_lock_without_buffers_is_taken_to_leave_them():
     before, left, offloaded = (plan({"a": 0}, **more) for more in ({}, *({"offload_buffers": on} for on in (0, 1))))
     assert difference(before, left).is_none
     assert list(difference(before, offloaded).settings) == ["offload_buffers"]
 
 
-def test_many_values_that_changed_are_compared_soon():
+def test_many_changed_values_are_compared_quickly():
     values = {f"config.k{number}": number for number in range(40_000)}
     start = time.process_time()
     same = plan(layers([0]))

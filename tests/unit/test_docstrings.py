@@ -1,4 +1,4 @@
-"""The docstrings: their examples run, and their sentences say what a function returns or does."""
+"""The examples in docstrings run, and docstrings state what a function returns or does."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def examples_of(name):
 
 
 @pytest.mark.parametrize("name", [name for name, text in FILES.items() if ">>> " in text and name not in COMPILE])
-def test_the_examples_of_a_module_hold(name, monkeypatch):
+def test_docstring_examples_of_a_module_run(name, monkeypatch):
     monkeypatch.chdir(REPOSITORY)
     examples = examples_of(name)
     assert examples
@@ -42,7 +42,7 @@ PRIVATE_OPENINGS = ("how", "what", "when", "where", "whether", "which", "who", "
 
 @cache
 def documented():
-    """Every docstring, with its place and what it is of."""
+    """Yield every docstring with its place and its object."""
     kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     nodes = [
         (name, node) for name, text in FILES.items() for node in ast.walk(ast.parse(text)) if isinstance(node, kinds)
@@ -54,7 +54,7 @@ def documented():
     ]
 
 
-def test_a_docstring_is_a_sentence_of_what_is_returned_or_done():
+def test_docstrings_state_what_is_returned_or_done():
     openings = {place: text.split()[0].lower().strip(",:") for place, _, text in documented()}
     assert len(openings) > 2000
     assert [place for place, word in openings.items() if word in PRIVATE_OPENINGS] == []
@@ -63,7 +63,7 @@ def test_a_docstring_is_a_sentence_of_what_is_returned_or_done():
 ENTRIES = re.compile(r"^(Args|Attributes):\n((?: {4}.*\n?|\n(?= {4}))+)", re.MULTILINE)
 
 
-def test_what_a_docstring_lists_is_there_and_complete():
+def test_args_and_attributes_are_complete_and_exist():
     listed = 0
     for place, node, text in documented():
         for section, entries in ENTRIES.findall(text):

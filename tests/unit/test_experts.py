@@ -1,4 +1,4 @@
-"""Experts on the CPU: by whichever product they are computed, they say the same."""
+"""Experts on the CPU give the same outputs by whichever product they are computed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ NEW_TOKENS = 3
 
 
 def logits(model):
-    """Those of all tokens of a prefill, and of each token that is decoded after it."""
+    """Return the logits of all prefilled tokens, and of each token decoded after them."""
     generated = model.generate(
         TOKENS, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=0,
         return_dict_in_generate=True, output_logits=True,
@@ -34,7 +34,7 @@ def logits(model):
         pytest.param("granitemoehybrid", marks=pytest.mark.zoo),
     ],
 )
-def test_experts_on_the_cpu_say_what_eager_ones_say(model_type):
+def test_experts_on_the_cpu_give_the_outputs_of_eager_ones(model_type):
     model = tiny_model(model_type).eval()
     experts = [module for module in model.modules() if chooses_experts_implementation(module)]
     model.set_experts_implementation("eager")
@@ -45,7 +45,7 @@ def test_experts_on_the_cpu_say_what_eager_ones_say(model_type):
     torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_experts_of_which_something_is_elsewhere_are_left_alone():
+def test_experts_partly_on_another_device_keep_their_implementation():
     model = tiny_model("mixtral")
     use_cpu_experts(model, lambda name: "layers.0." in name or name.endswith("down_proj"))
     found = [module.config is model.config for module in model.modules() if chooses_experts_implementation(module)]

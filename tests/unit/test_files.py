@@ -1,4 +1,4 @@
-"""What is read is regular files within bounds, and what keeps a file from being read is said in words."""
+"""Only regular files within size limits are read, and reasons why a file cannot be read are reported."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def refused(path, kind=SMALL, within=None):
     return caught.value
 
 
-def test_a_file_is_read(tmp_path):
+def test_a_regular_file_is_read(tmp_path):
     (tmp_path / "x").write_text("wörter\n", encoding="utf-8")
     assert read_text(tmp_path / "x", SMALL) == "wörter\n"
 
@@ -46,7 +46,7 @@ def test_a_file_is_read(tmp_path):
 # -- what it is --------------------------------------------------------------------------------------------------------
 
 
-def test_what_is_no_regular_file_is_refused_at_once(tmp_path):
+def test_anything_but_a_regular_file_is_refused_at_once(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     with socket.socket(socket.AF_UNIX) as server:
         server.bind(str(tmp_path / "socket"))
@@ -58,7 +58,7 @@ def test_what_is_no_regular_file_is_refused_at_once(tmp_path):
     assert str(refused(tmp_path)) == "is a folder"
 
 
-def test_what_is_not_there(tmp_path):
+def test_a_missing_file_is_reported(tmp_path):
     (tmp_path / "dangling").symlink_to("gone")
     (tmp_path / "loop").symlink_to("loop")
     (tmp_path / "file").touch()
@@ -70,16 +70,16 @@ def test_what_is_not_there(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["a\0b", "half \ud800"])
-def test_what_no_file_can_be_named(tmp_path, name):
+def test_a_name_that_no_file_can_have_is_reported(tmp_path, name):
     assert str(refused(tmp_path / name)) == "is not a name that a file can have"
 
 
-def test_a_name_that_is_too_long(tmp_path):
+def test_a_name_that_is_too_long_is_reported(tmp_path):
     assert str(refused(tmp_path / ("x" * 5000))) == "cannot be read: File name too long"
 
 
 @pytest.mark.parametrize("number", [errno.EACCES, errno.EIO, errno.EMFILE])
-def test_what_the_system_refuses_is_said(tmp_path, monkeypatch, number):
+def test_a_refusal_of_the_system_is_reported(tmp_path, monkeypatch, number):
     (tmp_path / "x").touch()
 
     def refuse(*_):
@@ -89,13 +89,13 @@ def test_what_the_system_refuses_is_said(tmp_path, monkeypatch, number):
     assert str(refused(tmp_path / "x")) == f"cannot be read: {os.strerror(number)}"
 
 
-def test_a_disk_that_fails_while_it_is_read_is_said(tmp_path):
+def test_a_failing_disk_is_reported(tmp_path):
     (tmp_path / "x").touch()
     with pytest.raises(FileError, match="cannot be read: Input/output error"), opened(tmp_path / "x"):
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
 
-def test_no_descriptor_stays_open(tmp_path):
+def test_no_file_descriptor_stays_open(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     descriptors = Path("/proc/self/fd")
     before = len(list(descriptors.iterdir()))
@@ -107,7 +107,7 @@ def test_no_descriptor_stays_open(tmp_path):
 # -- where it is -------------------------------------------------------------------------------------------------------
 
 
-def test_a_link_leads_nowhere_outside_of_its_repository(tmp_path):
+def test_a_link_out_of_the_repository_is_refused(tmp_path):
     (tmp_path / "secret").write_text("secret")
     folder = tmp_path / "repository" / "profiles"
     folder.mkdir(parents=True)
@@ -119,14 +119,14 @@ def test_a_link_leads_nowhere_outside_of_its_repository(tmp_path):
     assert read_text(folder / "out", SMALL) == "secret"
 
 
-def test_a_folder_that_is_a_link_is_the_folder_that_it_leads_to(tmp_path):
+def test_a_linked_folder_is_resolved(tmp_path):
     (tmp_path / "there").mkdir()
     (tmp_path / "there" / "x").write_text("x")
     (tmp_path / "here").symlink_to("there")
     assert read_text(tmp_path / "here" / "x", SMALL) == "x"
 
 
-def test_a_snapshot_of_the_hub_links_to_blobs_of_its_model_and_to_no_other(tmp_path):
+def test_a_snapshot_of_the_hub_may_link_only_to_blobs_of_its_model(tmp_path):
     for model in ("models--a--b", "models--c--d"):
         (tmp_path / model / "blobs").mkdir(parents=True)
         (tmp_path / model / "blobs" / "1").write_text(model)
@@ -139,7 +139,7 @@ def test_a_snapshot_of_the_hub_links_to_blobs_of_its_model_and_to_no_other(tmp_p
     assert boundary_of(snapshot / "own").holds(snapshot / "own")
 
 
-def test_a_file_that_becomes_a_link_meanwhile_is_not_followed(tmp_path, monkeypatch):
+def test_a_file_replaced_by_a_link_while_opening_is_not_followed(tmp_path, monkeypatch):
     (tmp_path / "secret").write_text("secret")
     (tmp_path / "folder").mkdir()
     path = tmp_path / "folder" / "x"
@@ -158,7 +158,7 @@ def test_a_file_that_becomes_a_link_meanwhile_is_not_followed(tmp_path, monkeypa
 # -- how large it is ---------------------------------------------------------------------------------------------------
 
 
-def test_a_file_of_many_gigabytes_is_refused_unread(tmp_path):
+def test_a_file_of_many_gigabytes_is_refused_without_reading(tmp_path):
     with (tmp_path / "sparse").open("wb") as file:
         file.truncate(SPARSE_BYTES)
     tracemalloc.start()
@@ -172,7 +172,7 @@ def test_a_file_of_many_gigabytes_is_refused_unread(tmp_path):
     assert peak_bytes < 10**6
 
 
-def test_the_bound_holds_for_what_has_no_size_and_for_what_grows(tmp_path, monkeypatch):
+def test_the_size_limit_holds_for_growing_files_and_files_without_a_size(tmp_path, monkeypatch):
     path = tmp_path / "x"
     path.write_bytes(b"x" * 1000)
     assert len(read_text(path, SMALL)) == 1000
@@ -194,7 +194,7 @@ def test_the_bound_holds_for_what_has_no_size_and_for_what_grows(tmp_path, monke
         (b"\xed\xa0\x80", 1, 1),
     ],
 )
-def test_what_is_not_utf_8_is_told_by_its_place(data, line, column):
+def test_text_that_is_not_utf_8_is_reported_with_its_place(data, line, column):
     with pytest.raises(FileError, match=f"^is not UTF-8 at line {line}, column {column}$") as caught:
         decoded(data)
     assert (caught.value.line, caught.value.column) == (line, column)
@@ -221,7 +221,7 @@ def test_a_byte_order_mark_is_refused(encoding):
         ('["\\ud800"]', "holds text that is no Unicode"),
     ],
 )
-def test_what_is_no_json_is_said(text, said):
+def test_invalid_json_is_reported(text, said):
     with pytest.raises(FileError) as caught:
         parse_json(text, SMALL)
     assert str(caught.value).startswith(said)
@@ -236,7 +236,7 @@ def test_what_is_no_json_is_said(text, said):
         {"pair": "\U0001f600", "none": "\\ud800"},
     ],
 )
-def test_brackets_in_strings_are_no_depth(tmp_path, value):
+def test_brackets_in_strings_do_not_count_as_depth(tmp_path, value):
     for text in (json.dumps(value), json.dumps(value, ensure_ascii=False, indent=1)):
         (tmp_path / "x").write_text(text, encoding="utf-8")
         assert read_json(tmp_path / "x", SMALL) == value
@@ -256,7 +256,7 @@ OPENING = ("open", "read_text", "read_bytes")
 
 
 def openings(source):
-    """What opens a file in code by other means than the reader's."""
+    """Return the places at which code opens a file by other means than the reader's."""
     tree = ast.parse(source)
     imported = [alias.name for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for alias in node.names]
     for node in ast.walk(tree):
@@ -268,7 +268,7 @@ def openings(source):
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(REPOSITORY)))
-def test_files_are_opened_in_one_place(path):
+def test_only_the_reader_opens_files(path):
     assert list(openings(path.read_text())) == []
 
 
@@ -276,11 +276,11 @@ def test_files_are_opened_in_one_place(path):
     "source",
     ["open(path)", "path.open()", "Path(x).read_text(encoding='utf-8')", "file.read_bytes()", "gzip.open(path)"],
 )
-def test_each_way_of_opening_one_is_seen(source):
+def test_the_check_finds_each_way_of_opening_a_file(source):
     assert list(openings(source)) == [source]
 
 
-def test_what_is_read_by_the_reader_is_passed_over():
+def test_the_check_ignores_reads_by_the_reader():
     source = "from devmap_config.files import read_text\nread_text(path, LOCK)\nopened(path)"
     assert list(openings(source)) == []
 
@@ -298,7 +298,7 @@ def test_what_is_read_by_the_reader_is_passed_over():
         "import pickle",
     ],
 )
-def test_what_modules_open_files_with_is_kept_out_by_ruff(source):
+def test_ruff_forbids_modules_that_open_files(source):
     command = [
         sys.executable,
         "-m",

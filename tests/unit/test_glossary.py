@@ -1,4 +1,4 @@
-"""One word, one meaning: docs/glossary.md, and the names and docstrings of the package."""
+"""The package's names and docstrings keep to docs/glossary.md: one word, one meaning."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_no_class_name_is_used_twice():
     assert [name for name, count in names.items() if count > 1] == []
 
 
-def test_no_private_words_are_names():
+def test_no_name_is_an_excluded_word():
     stored = [(path, node.id) for path, node in nodes(ast.Name) if isinstance(node.ctx, ast.Store)]
     stored += [(path, node.arg) for path, node in nodes(ast.arg)]
     stored += [(path, node.name) for path, node in nodes(ast.ClassDef, ast.FunctionDef)]

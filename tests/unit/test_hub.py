@@ -1,4 +1,4 @@
-"""A hub id is read from the hub's cache, without a network, and what it resolved to is kept."""
+"""A hub id is read from the hub's cache without a network, and the resolved commit is kept."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 @pytest.fixture
 def hub_cache(tmp_path, monkeypatch):
-    """The hub's cache as `huggingface_hub` lays it out, with one model."""
+    """The hub's cache in the layout of `huggingface_hub`, with one model."""
     repository = tmp_path / "hub" / "models--people--llama"
     snapshot = repository / "snapshots" / COMMIT
     snapshot.mkdir(parents=True)
@@ -36,12 +36,12 @@ def test_a_cached_model_is_found_offline(hub_cache, revision):
     assert source.weights == "people/llama"
 
 
-def test_a_model_that_is_not_cached(hub_cache):
+def test_a_model_that_is_not_cached_is_an_error(hub_cache):
     with pytest.raises(ModelNotFoundError, match="not in the hub's cache"):
         hub_source("people/other", None)
 
 
-def test_the_commit_stands_in_the_inputs(hub_cache, workspace):
+def test_the_commit_is_one_of_the_locks_inputs(hub_cache, workspace):
     Path("profile.yaml").write_text(
         "version: 1\nmodel: {source: people/llama}\nhardware: {devices: {cpu: {memory: 1GiB}}}\n"
     )

@@ -1,4 +1,4 @@
-"""The machine that a profile declares: what a plan may put on each device, and how fast bytes go between them."""
+"""The inventory of a profile's machine: the capacity of each device, and the rates of devices and links."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ CARDS = {"cuda:0": H100, "cuda:1": A100, "cuda:2": RTX_4090}
 
 @pytest.fixture
 def declared(tmp_path):
-    """Gives the inventory of devices, of which nothing is wrong."""
+    """Return the inventory of valid devices."""
 
     def make(devices, more=""):
         path = tmp_path / "profile.yaml"
@@ -36,7 +36,7 @@ def declared(tmp_path):
     return make
 
 
-def test_a_device_that_says_all_itself_owes_nothing_to_a_catalogue(declared):
+def test_a_fully_described_device_needs_no_catalogue(declared):
     [device] = declared(
         "cuda:0: {memory: 10GiB, reserve: 1GiB, overhead: 1GiB, slack: 10%, bandwidth: 1GB/s, flops: 2TFLOP/s}"
     ).devices
@@ -45,7 +45,7 @@ def test_a_device_that_says_all_itself_owes_nothing_to_a_catalogue(declared):
     assert (device.accelerator, device.memory_efficiency, device.compute_efficiency) == (None, 1, 1)
 
 
-def test_an_accelerator_of_the_catalogue_has_its_figures(declared):
+def test_an_accelerator_of_the_catalogue_has_its_values(declared):
     [device] = declared("cuda:0: h100-sxm").devices
     assert device.memory_bytes == H100.memory_bytes
     assert device.capacity_bytes == int(H100.memory_bytes * (1 - H100.slack)) - H100.overhead_bytes
@@ -55,7 +55,7 @@ def test_an_accelerator_of_the_catalogue_has_its_figures(declared):
     assert efficiencies == (H100.memory_efficiency, H100.compute_efficiency)
 
 
-def test_what_the_profile_says_comes_before_the_catalogue(declared):
+def test_the_profile_takes_precedence_over_the_catalogue(declared):
     described = "{accelerator: h100-sxm, memory: 50%, slack: 0%, overhead: 0, efficiency: 90%, flops: 1TFLOP/s}"
     [device] = declared(f"cuda:0: {described}").devices
     assert (device.memory_bytes, device.capacity_bytes) == (H100.memory_bytes // 2, H100.memory_bytes // 2)
@@ -64,12 +64,12 @@ def test_what_the_profile_says_comes_before_the_catalogue(declared):
     assert device.bandwidth_bytes_per_second == H100.memory_bandwidth_bytes_per_second
 
 
-def test_a_cap_only_lowers(declared):
+def test_max_memory_only_lowers_capacities(declared):
     capped = declared("cuda:0: {memory: 8GiB}, cuda:1: {memory: 8GiB}", "placement: {max_memory: {0: 25%, 1: 9GiB}}\n")
     assert [device.capacity_bytes for device in capped.devices] == [2 * GIB, 8 * GIB]
 
 
-def test_devices_stand_in_the_order_in_which_they_are_filled(declared):
+def test_devices_are_listed_in_filling_order(declared):
     memory = "{memory: 1GiB}"
     inventory = declared(f"disk: {memory}, cuda:10: {memory}, cpu: {memory}, cuda:9: {memory}")
     assert [str(device.id) for device in inventory.devices] == ["cuda:9", "cuda:10", "cpu", "disk"]
@@ -80,7 +80,7 @@ def rate(inventory, source, target):
 
 
 def test_links_of_the_catalogue(declared):
-    """The slower of two peers; through the host where one has no link to peers; the slower of disk and CPU."""
+    """The slower of two peers; through the host if one has no peer link; the slower of disk and CPU."""
     inventory = declared(
         "cuda:0: h100-sxm, cuda:1: a100-sxm-80, cuda:2: rtx-4090, cpu: {memory: 1GiB},"
         " disk: {memory: 1GiB, bandwidth: 8GB/s}"
@@ -95,7 +95,7 @@ def test_links_of_the_catalogue(declared):
     assert rate(inventory, "disk", "cuda:0") == 8 * 10**9
 
 
-def test_links_of_the_profile_come_first_and_a_pair_before_all(declared):
+def test_links_of_the_profile_take_precedence_and_pairs_over_all(declared):
     inventory = declared(
         "cuda:0: h100-sxm, cuda:1: h100-sxm, cuda:2: h100-sxm, cpu: {memory: 1GiB}",
         "  links: {peer: 10GB/s, host: {bandwidth: 5GB/s, latency: 1ms}, cuda:1-cuda:0: 20GB/s}\n",
@@ -111,14 +111,14 @@ def test_links_of_the_profile_come_first_and_a_pair_before_all(declared):
     ("links", "unpinned"),
     [("host: 5GB/s", 2.5e9), ("host: 55GB/s", 10e9), ("host: 55GB/s, unpinned: 8GB/s", 8e9), ("unpinned: 8GB/s", 8e9)],
 )
-def test_memory_that_is_not_pinned_is_copied_more_slowly(declared, links, unpinned):
+def test_unpinned_memory_is_copied_more_slowly(declared, links, unpinned):
     inventory = declared("cuda:0: h100-sxm, cpu: {memory: 1GiB}", f"  links: {{{links}}}\n")
     for pair in ((Device("cpu"), Device("cuda", 0)), (Device("cuda", 0), Device("cpu"))):
         assert inventory.links[pair].nanoseconds(10**9) == 10**18 // int(unpinned) + LATENCY_NANOSECONDS
 
 
 @pytest.mark.parametrize(("links", "together"), [("host: 5GB/s", None), ("host: 5GB/s, together: 9GB/s", 9 * 10**9)])
-def test_what_all_links_bring_at_once_is_said_or_no_more_than_one_does(declared, links, together):
+def test_links_together_bring_as_much_as_stated_or_as_one_link(declared, links, together):
     inventory = declared("cuda:0: h100-sxm, cuda:1: h100-sxm, cpu: {memory: 1GiB}", f"  links: {{{links}}}\n")
     assert inventory.together_bytes_per_second == together
     assert inventory.to_json().get("together_bytes_per_second") == together  # without it, digests are as they were
@@ -127,5 +127,5 @@ def test_what_all_links_bring_at_once_is_said_or_no_more_than_one_does(declared,
     assert scaled(inventory, {RateName("links", "host"): 2.0}).together_bytes_per_second == (together and 2 * together)
 
 
-def test_what_nothing_tells_is_no_link(declared):
+def test_an_undescribed_pair_has_no_link(declared):
     assert declared("cuda:0: {memory: 1GiB}, cuda:1: {memory: 1GiB}, cpu: {memory: 1GiB}").links == {}

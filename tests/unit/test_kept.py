@@ -1,4 +1,4 @@
-"""What is kept between runs, and beside a profile, is believed only as it was written: not with any leaf changed."""
+"""Cache entries and vendored graphs are used only unchanged: any changed leaf is noticed."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ GRAPH = ModelGraph(
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory):
-    """The folder of a profile that was compiled with an empty cache, and whose graph is beside it."""
+    """The folder of a profile compiled with an empty cache, and with its graph beside it."""
     folder = tmp_path_factory.mktemp("compiled")
     values = {**LLAMA, "num_hidden_layers": 1, "dtype": "float32"}
     transformers.LlamaForCausalLM(transformers.LlamaConfig(**values)).save_pretrained(folder / "small")
@@ -54,7 +54,7 @@ def compiled(tmp_path_factory):
 
 
 def leaves(value, route=()):
-    """The route of every value that holds no others."""
+    """Yield the route of every value that holds no others."""
     if isinstance(value, (dict, list)) and value:
         for key, part in value.items() if isinstance(value, dict) else enumerate(value):
             yield from leaves(part, (*route, key))
@@ -63,7 +63,7 @@ def leaves(value, route=()):
 
 
 def flipped(value, route):
-    """A copy in which the leaf at a route is another."""
+    """Return a copy with another leaf at a route."""
     changed = copy.copy(value)
     if len(route) > 1:
         changed[route[0]] = flipped(value[route[0]], route[1:])
@@ -86,7 +86,7 @@ def entry(compiled, name):
 
 
 @pytest.mark.parametrize("name", CACHES)
-def test_an_entry_of_the_cache_is_dropped_with_any_leaf_changed(compiled, name, tmp_path):
+def test_a_cache_entry_with_any_changed_leaf_is_dropped(compiled, name, tmp_path):
     written = entry(compiled, name)
     seal, text = written.read_text().split("\n")
     value = kept(written)
@@ -99,12 +99,12 @@ def test_an_entry_of_the_cache_is_dropped_with_any_leaf_changed(compiled, name, 
     assert kept(path) == value
 
 
-def test_every_cache_keeps_what_it_holds_so(compiled):
+def test_every_cache_seals_its_entries(compiled):
     assert {path.name for path in (compiled / "cache" / "devmap-config").iterdir()} == set(CACHES)
 
 
 @pytest.mark.parametrize("damage", [lambda text: text[:-1], lambda text: text[1:], lambda _: "", lambda _: "{}"])
-def test_an_entry_that_is_damaged_is_none(tmp_path, damage):
+def test_a_damaged_cache_entry_is_ignored(tmp_path, damage):
     path = tmp_path / "x.json"
     keep(path, {"a": [1, 2]})
     path.write_text(damage(path.read_text()))
@@ -112,7 +112,7 @@ def test_an_entry_that_is_damaged_is_none(tmp_path, damage):
 
 
 @pytest.mark.parametrize("bad", BAD)
-def test_what_is_no_entry_is_none(tmp_path, monkeypatch, bad):
+def test_a_file_that_is_no_cache_entry_is_ignored(tmp_path, monkeypatch, bad):
     (tmp_path / "cache").mkdir()
     monkeypatch.chdir(tmp_path / "cache")
     path = Path("x.json").absolute()
@@ -121,13 +121,13 @@ def test_what_is_no_entry_is_none(tmp_path, monkeypatch, bad):
     assert kept(path) is None
 
 
-def test_an_entry_under_another_name_is_none(tmp_path):
+def test_a_cache_entry_under_another_name_is_ignored(tmp_path):
     keep(tmp_path / "x.json", {"a": 1})
     (tmp_path / "x.json").rename(tmp_path / "y.json")
     assert kept(tmp_path / "y.json") is None
 
 
-def test_a_graph_whose_entry_was_changed_is_measured_anew_and_kept_again(tmp_path):
+def test_a_graph_with_a_changed_cache_entry_is_measured_again(tmp_path):
     def make():
         made.append(1)
         return GRAPH
@@ -141,7 +141,7 @@ def test_a_graph_whose_entry_was_changed_is_measured_anew_and_kept_again(tmp_pat
     assert made == [1, 1]
 
 
-def test_no_graph_is_kept_of_another_code_or_other_libraries(tmp_path, monkeypatch):
+def test_graphs_of_other_code_or_libraries_are_not_reused(tmp_path, monkeypatch):
     cached_graph({"model": "x"}, lambda: GRAPH, directory=tmp_path)
     monkeypatch.setattr(cache, "library_versions", lambda: {"torch": "0"})
     cached_graph({"model": "x"}, lambda: GRAPH, directory=tmp_path)
@@ -150,7 +150,7 @@ def test_no_graph_is_kept_of_another_code_or_other_libraries(tmp_path, monkeypat
     assert len(list(tmp_path.iterdir())) == 3
 
 
-def test_the_digest_of_code_is_of_every_file_of_its_packages(monkeypatch):
+def test_the_digest_of_code_covers_every_file_of_its_packages(monkeypatch):
     read = []
     monkeypatch.setattr(cache, "read_text", lambda path, *_: read.append(path) or "")
     cache.code_digest("quantization", "graph")
@@ -160,7 +160,7 @@ def test_the_digest_of_code_is_of_every_file_of_its_packages(monkeypatch):
     assert package / "quantization" / "methods" / "quanto.py" in expected
 
 
-def test_a_vendored_graph_is_refused_with_any_leaf_changed(compiled, tmp_path):
+def test_a_vendored_graph_with_any_changed_leaf_is_refused(compiled, tmp_path):
     path = tmp_path / "p.graph.json"
     value = json.loads((compiled / "p.graph.json").read_text())
     assert value["dry_runs"]
@@ -173,7 +173,7 @@ def test_a_vendored_graph_is_refused_with_any_leaf_changed(compiled, tmp_path):
 
 
 @pytest.mark.parametrize("change", ["size", "twice", "alias", "measured"])
-def test_a_vendored_graph_that_cannot_be_is_refused_though_its_digest_is_right(change, compiled, tmp_path):
+def test_an_impossible_vendored_graph_is_refused_despite_its_digest(change, compiled, tmp_path):
     value = json.loads((compiled / "p.graph.json").read_text())
     root, measurement = value["graph"]["root"], value["graph"]["measurement"]
     [embedding] = next(module for module in walk(root) if module[0] == "embed_tokens")[2]

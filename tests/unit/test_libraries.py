@@ -1,6 +1,6 @@
-"""What is used of torch, transformers and accelerate that they do not promise to keep: it is there, and it is listed.
+"""The private parts of torch, transformers and accelerate that the package uses exist, and are listed on a page.
 
-Run with the oldest, the pinned and the newest versions: what fails here is what a new version moved.
+Run with the oldest, the pinned and the newest versions: a failure here names what a new version changed.
 """
 
 from __future__ import annotations
@@ -64,18 +64,18 @@ EVERY = [private for named in privates().values() for private in named.values()]
 
 
 @pytest.mark.parametrize("private", EVERY, ids=[private.name for private in EVERY])
-def test_it_is_there(private):
+def test_a_private_part_exists(private):
     if private.name in INSTANCES:
         private.of(INSTANCES[private.name]())
     else:
         private.find()
 
 
-def test_an_example_is_of_something_that_is_used():
+def test_examples_are_of_private_parts_that_are_used():
     assert set(INSTANCES) <= {private.name for private in EVERY}
 
 
-def test_what_is_not_there_is_said():
+def test_a_missing_private_part_is_reported():
     with pytest.raises(LibraryChangedError, match=r"^`torch\.nn\.NoSuchModule` is not there$"):
         Private("torch.nn.NoSuchModule", "nothing").find()
     with pytest.raises(LibraryChangedError, match=r"^`accelerate\.no_such_module\.thing` is not there$"):
@@ -106,7 +106,7 @@ def test_the_experts_whose_product_can_be_chosen_are_marked():
     assert not chooses_experts_implementation(torch.nn.Linear(1, 1))
 
 
-def test_hooks_are_found_one_and_several():
+def test_one_hook_and_several_hooks_are_found():
     module = hooked_module()
     [hook] = hooks_of(module)
     assert isinstance(hook, AlignDevicesHook)
@@ -140,7 +140,7 @@ DOCUMENTED = ("os._exit",)
 
 
 def violations(source):
-    """What code uses that is private: attributes, by syntax or by name; modules; what it patches."""
+    """Return the private uses in code: attributes, by syntax or by name; modules; and what it patches."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Attribute) and is_private(node.attr):
             if not (isinstance(node.value, ast.Name) and node.value.id in ("self", "cls")):
@@ -166,7 +166,7 @@ def imported_violations(node):
 
 
 @pytest.mark.parametrize("path", [path for path in SOURCES if path not in ADAPTERS], ids=lambda path: path.stem)
-def test_nothing_private_is_used_but_in_the_adapters(path):
+def test_private_parts_are_used_only_in_the_adapters(path):
     source = path.read_text()
     assert list(violations(source)) == []
     assert "SLF001" not in source
@@ -187,11 +187,11 @@ def test_nothing_private_is_used_but_in_the_adapters(path):
         "import accelerate.utils.modeling",
     ],
 )
-def test_each_way_of_using_it_is_seen(source):
+def test_the_check_finds_each_way_of_using_a_private_part(source):
     assert list(violations(f"fine = 1\n{source}")) == [source]
 
 
-def test_what_is_no_use_of_it_is_passed_over():
+def test_the_check_ignores_public_uses():
     source = "self._own; loaded._replace(a=1); from transformers import AutoConfig; from accelerate import hooks"
     assert list(violations(source)) == []
 
@@ -199,13 +199,13 @@ def test_what_is_no_use_of_it_is_passed_over():
 # -- the list ----------------------------------------------------------------------------------------------------------
 
 
-def test_the_page_lists_each_with_its_users():
-    """`make libraries` writes it anew."""
+def test_the_page_lists_each_private_part_with_its_users():
+    """`make libraries` rewrites it."""
     text = PAGE.read_text()
     assert with_tables(text) == text
 
 
-def test_each_is_used():
+def test_each_private_part_is_used():
     unused = [
         private.name
         for adapter, named in privates().items()
@@ -215,18 +215,18 @@ def test_each_is_used():
     assert unused == []
 
 
-def test_the_page_names_the_versions_that_were_tried():
+def test_the_page_lists_the_tried_versions():
     rows = re.findall(r"^\| (torch|transformers|accelerate) \| ([\d.]+) \|", PAGE.read_text(), re.MULTILINE)
     assert {library: tuple(version for name, version in rows if name == library) for library in LIBRARIES} == TRIED
 
 
-def test_versions_stand_from_the_oldest_to_the_newest():
+def test_tried_versions_are_in_order():
     for versions in TRIED.values():
         assert list(versions) == sorted(versions, key=release)
 
 
 def pinned(file):
-    """By name, the lines of a file of constraints; with what a line says of the Python that it is for."""
+    """Return the lines of a constraints file by package name, with the Python version that a line is for."""
     lines = [line for line in (REPOSITORY / file).read_text().splitlines() if not line.startswith("#")]
     return {name: [line for line in lines if line.split("==")[0] == name] for name in (x.split("==")[0] for x in lines)}
 
@@ -236,13 +236,13 @@ def version_in(line):
 
 
 def declared():
-    """The oldest versions that are declared of what the program needs."""
+    """Return the oldest declared versions of the program's dependencies."""
     toml = (REPOSITORY / "pyproject.toml").read_text()
     listed = re.search(r"^dependencies = \[(.*?)^\]", toml, re.MULTILINE | re.DOTALL)[1]
     return dict(re.findall(r'"([\w-]+)>=([\d.]+)"', listed))
 
 
-def test_what_is_pinned_is_among_them():
+def test_pinned_versions_are_tried():
     for file in ("constraints.txt", "constraints-oldest.txt"):
         for library, tried in TRIED.items():
             versions = set(map(version_in, pinned(file)[library]))
@@ -250,7 +250,7 @@ def test_what_is_pinned_is_among_them():
             assert versions <= set(tried)
 
 
-def test_the_oldest_versions_are_those_that_are_declared():
+def test_the_oldest_constraints_are_the_declared_versions():
     oldest = pinned("constraints-oldest.txt")
     floors = {name: Version(version) for name, version in declared().items()}
     assert {name: Version(version_in(line)) for name in floors for line in oldest[name]} == floors
@@ -261,19 +261,19 @@ def test_the_oldest_versions_are_those_that_are_declared():
     }
 
 
-def test_the_newest_that_was_tried_is_the_pinned_one():
+def test_the_newest_tried_version_is_the_pinned_one():
     for library, tried in TRIED.items():
         assert tried[-1] in set(map(version_in, pinned("constraints.txt")[library]))
 
 
-def test_what_runs_in_ci_is_named_in_the_readme():
+def test_the_readme_names_what_runs_in_ci():
     commands = re.findall(r"^make [\w-]+", (REPOSITORY / ".ci/run").read_text(), re.MULTILINE)
     readme = (REPOSITORY / "README.md").read_text()
     assert [command for command in commands if not re.search(rf"{command}\b(?!-)", readme)] == []
 
 
-def test_the_storage_of_a_tensor_is_told_also_where_a_function_is_mapped_over_it():
-    """T5Gemma 2 makes its masks so."""
+def test_the_storage_of_a_batched_tensor_is_found():
+    """T5Gemma 2 makes its masks with `torch.vmap`."""
     rows, seen = torch.ones(3, 2), []
 
     def noted(row):

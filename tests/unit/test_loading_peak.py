@@ -1,4 +1,4 @@
-"""What loading takes besides the weights, by what is made and what else is alive then."""
+"""The predicted memory of loading beyond the weights: the copies that are made, and what is alive with them."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ def extras(*arguments, **options):
     return found | ({} if "cpu" in found else {"ram": plan.loading_ram_bytes})
 
 
-def test_what_is_as_it_is_stored_takes_nothing_besides():
+def test_weights_loaded_as_stored_need_no_more_memory():
     assert extras("llama", f"{CARD}, {CPU}") == {"cuda:0": 0, "cpu": 0}
     assert extras("llama", CPU) == {"cpu": 0}
 
 
-def test_a_cast_for_a_card_is_made_on_the_cpu_by_threads():
+def test_casts_for_a_card_are_made_on_the_cpu_by_threads():
     four_largest = 2 * (2 * WORDS_BYTES + 2 * 128 * 64 * 2)
     assert extras("llama", CARD, model=", dtype: float32") == {"cuda:0": 0, "ram": four_largest}
 
@@ -60,32 +60,32 @@ def test_torchao_makes_three_copies_in_float32_of_a_weight_that_it_quantises():
     assert extras("llama", CPU, model=model) == {"cpu": elements * 13 - size}  # its dense values are the file's pages
 
 
-def test_a_cast_on_the_cpu_is_the_weight_itself():
+def test_a_cast_on_the_cpu_needs_no_copy():
     assert extras("llama", CPU, model=", dtype: float32") == {"cpu": 0}
 
 
-def test_a_cast_for_the_disk_is_alive_while_the_next_is_made():
+def test_a_cast_for_the_disk_lives_while_the_next_is_made():
     on_disk = "strategy: single, device: disk, offload: {folder: ./offload}"
     found = extras("llama", f"{CPU}, {DISK}", on_disk, model=", dtype: float32")
     assert found["cpu"] == 2 * 2 * WORDS_BYTES
 
 
-def test_parts_of_experts_are_alive_with_what_is_merged_from_them():
+def test_parts_of_experts_live_with_the_merged_tensor():
     assert extras("mixture", CARD) == {"cuda:0": EXPERTS_BYTES, "ram": 0}
     assert extras("mixture", CPU) == {"cpu": EXPERTS_BYTES}
 
 
-def test_for_the_disk_both_are_besides():
+def test_parts_and_merged_experts_for_the_disk_are_both_counted():
     on_disk = "strategy: single, device: disk, offload: {folder: ./offload}"
     assert extras("mixture", f"{CPU}, {DISK}", on_disk)["cpu"] == 2 * EXPERTS_BYTES + EXPERTS_BYTES
 
 
-def test_what_is_quantised_is_dense_before():
+def test_quantised_weights_are_dense_before():
     found = extras("llama", CARD, model=", quantization: {method: bitsandbytes, load_in_4bit: true}")
     assert found["cuda:0"] == 128 * 64 * 2
 
 
-def test_a_device_that_cannot_load_what_it_could_hold_is_refused():
+def test_a_device_without_room_for_loading_is_refused():
     held = compiled("mixture", CARD).plan.devices[0].weights_bytes
     compilation = compiled("mixture", f"cuda:0: {{memory: {held + EXPERTS_BYTES - 1}B}}", "strategy: single")
     (error,) = [each for each in compilation.diagnostics if each.severity == "error"]
@@ -96,7 +96,7 @@ def test_a_device_that_cannot_load_what_it_could_hold_is_refused():
     assert isinstance(compiled("mixture", f"cuda:0: {{memory: {held + EXPERTS_BYTES}}}", "strategy: single"), Compiled)
 
 
-def test_where_a_strategy_cannot_leave_that_room_it_is_loading_that_is_reported():
+def test_a_strategy_without_room_for_loading_reports_loading():
     held = compiled("mixture", CARD).plan.devices[0].weights_bytes
     (error,) = compiled("mixture", f"cuda:0: {{memory: {held + EXPERTS_BYTES - 1}B}}").diagnostics
     assert "at once while the model is loaded" in error.message
@@ -109,7 +109,7 @@ def test_a_strategy_leaves_the_room_that_loading_needs():
 
 
 @pytest.mark.parametrize("source", ["llama", "mixture"])
-def test_a_lock_that_does_not_say_holds(source):
+def test_a_lock_without_loading_bytes_is_valid(source):
     from devmap_config.cli.compile import compile_command
 
     compiled(source, CARD)
@@ -124,6 +124,6 @@ def test_a_lock_that_does_not_say_holds(source):
     assert drift is None
 
 
-def test_the_models_are_as_large_as_is_said_here():
+def test_the_models_of_these_tests_have_the_stated_sizes():
     assert (MIXTURE["num_experts"], MIXTURE["moe_intermediate_size"], MIXTURE["hidden_size"]) == (8, 32, 64)
     assert (LLAMA["vocab_size"], LLAMA["intermediate_size"]) == (256, 128)

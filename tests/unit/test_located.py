@@ -1,4 +1,4 @@
-"""A value of a profile knows where it is written: its own place, its key's, and a default that of its section."""
+"""Values of a profile know where they are written: their place, their key's, and the section's for defaults."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_a_value_has_its_place_and_that_of_its_key(profile):
     assert place(profile.model.source.key_span) == ("profile.yaml", 3, 3)
 
 
-def test_items_keys_and_what_stands_without_its_list(profile):
+def test_items_keys_and_values_without_a_list_have_places(profile):
     (name,) = profile.model.allow_new
     assert place(name.span) == ("profile.yaml", 4, 14)
     ((pattern, device),) = profile.placement.device_map.value.items()
@@ -66,7 +66,7 @@ def test_items_keys_and_what_stands_without_its_list(profile):
     assert place(cap.key_span) == ("profile.yaml", 6, 16)
 
 
-def test_what_a_base_file_says_stands_there_and_a_template_where_it_is_written(profile):
+def test_values_of_base_files_and_templates_have_their_own_places(profile):
     length = profile.workload.context_length
     assert length.value == 1024
     assert place(length.span) == ("shared/base.yaml", 4, 19)
@@ -75,14 +75,14 @@ def test_what_a_base_file_says_stands_there_and_a_template_where_it_is_written(p
     }
 
 
-def test_a_default_stands_where_its_section_does(profile):
+def test_a_default_has_the_place_of_its_section(profile):
     assert profile.placement.strategy.value == "auto"
     assert not profile.placement.strategy.is_written
     assert place(profile.placement.strategy.span) == place(profile.placement.span) == ("profile.yaml", 6, 3)
     assert place(profile.placement.offload.folder.span) == ("profile.yaml", 6, 3)
 
 
-def test_the_sections_that_a_profile_leaves_out_stand_at_its_beginning(tmp_path):
+def test_missing_sections_have_the_place_of_the_profiles_start(tmp_path):
     path = tmp_path / "profile.yaml"
     path.write_text("version: 1\nmodel: {source: llama}\nhardware: {devices: {cpu: {memory: 1GiB}}}\n")
     profile = load_profile(path, Sink()).profile
@@ -94,7 +94,7 @@ def test_a_path_is_relative_to_the_file_that_writes_it(profile):
     assert profile.workload.context_length.path.parent == Path("shared")
 
 
-def test_a_changed_value_keeps_its_place_and_is_compared_without_it(profile):
+def test_a_changed_value_keeps_its_place_which_comparison_ignores(profile):
     changed = profile.workload.changed(context_length=2048)
     assert changed.context_length.value == 2048
     assert changed.context_length.span == profile.workload.context_length.span

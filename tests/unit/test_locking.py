@@ -13,7 +13,7 @@ from devmap_config.cli.locking import write
 from devmap_config.files import write_atomically
 
 
-def test_a_file_that_is_written_replaces_the_old_one_at_once(tmp_path):
+def test_writing_replaces_the_old_file_atomically(tmp_path):
     target = tmp_path / "x.lock.json"
     target.write_text("old")
     write_atomically(target, "new\n")
@@ -21,7 +21,7 @@ def test_a_file_that_is_written_replaces_the_old_one_at_once(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["x.lock.json"]
 
 
-def test_an_interruption_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
+def test_an_interrupted_write_leaves_only_the_old_file(tmp_path, monkeypatch):
     target = tmp_path / "x.lock.json"
     target.write_text("old")
 
@@ -36,12 +36,12 @@ def test_an_interruption_leaves_the_old_file_and_nothing_else(tmp_path, monkeypa
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("x.lock.json", "old")]
 
 
-def test_a_folder_that_is_not_there(tmp_path):
+def test_a_missing_folder_is_an_error(tmp_path):
     with pytest.raises(click.ClickException, match="cannot be written"):
         write(tmp_path / "nowhere" / "x.lock.json", "new")
 
 
-def test_a_disk_that_is_full_is_no_traceback_and_leaves_the_old_file(tmp_path):
+def test_a_full_disk_is_an_error_that_leaves_the_old_file(tmp_path):
     if not Path("/dev/full").exists():
         pytest.skip("this system has no file that is always full")
     target = tmp_path / "x.lock.json"

@@ -1,4 +1,4 @@
-"""Nothing of a lock can be changed, digest and all: what follows from it is derived again, the rest is validated."""
+"""Changed locks are refused even with a right digest: derived values are derived again, others are validated."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ NOTHING = object()
 
 @pytest.fixture
 def lock(workspace):
-    """A lock that holds something of everything, as JSON."""
+    """A lock with every kind of content, as JSON."""
     return compiled(PROFILE)
 
 
@@ -59,13 +59,13 @@ def compiled(text, *arguments, layers=2):
 
 
 def resealed(lock):
-    """The text of a lock, with a digest that agrees with it."""
+    """Return the text of a lock with a matching digest."""
     sealed = {key: value for key, value in lock.items() if key not in ("digest", "made_with")}
     return json.dumps({**lock, "digest": digest(sealed)})
 
 
 def judged(text):
-    """What is said of a lock with this text: nothing where it holds, else the message; by `check` and `run` alike."""
+    """Return the message about a lock with this text, or nothing if it is valid; `check` and `run` agree."""
     Path("p.lock.json").write_text(text)
     checked = check_one(Path("p.yaml"), OPTIONS)
     try:
@@ -79,7 +79,7 @@ def judged(text):
 
 
 def is_believed(text):
-    """Whether a lock holds, by what `check`, `run` and `diff` all ask."""
+    """Tell whether a lock is valid, by the check that `check`, `run` and `diff` share."""
     try:
         _, drift = compile_locked(Path("p.yaml"), read_lock(text))
     except LockError:
@@ -88,7 +88,7 @@ def is_believed(text):
 
 
 def routes(value, route=()):
-    """Every mapping, list and scalar in plain data."""
+    """Yield the route of every mapping, list and scalar in plain data."""
     yield route, value
     if isinstance(value, dict):
         for key, part in value.items():
@@ -99,7 +99,7 @@ def routes(value, route=()):
 
 
 def changed(lock, route, value):
-    """A copy of a lock with another value at a route, or without it."""
+    """Return a copy of a lock with another value at a route, or without it."""
     lock = copy.deepcopy(lock)
     *parents, last = route
     holder = lock
@@ -113,7 +113,7 @@ def changed(lock, route, value):
 
 
 def others(value):
-    """Values that are not this one: of its type, then of others."""
+    """Return values that differ from this one: of its type, then of others."""
     if isinstance(value, bool):
         return (not value, int(value), None)
     if isinstance(value, int):
@@ -127,7 +127,7 @@ def others(value):
 SEALED = ("hardware", "inputs", "lock_version", "plan", "set", "values")
 
 
-def test_every_leaf_of_a_lock_is_held_to_what_follows_from_its_inputs(lock):
+def test_a_lock_with_any_changed_leaf_is_refused(lock):
     leaves = [(route, value) for route, value in routes(lock) if route and not isinstance(value, (dict, list))]
     leaves = [(route, value) for route, value in leaves if route[0] in SEALED]
     assert len(leaves) > 100
@@ -142,7 +142,7 @@ def test_every_leaf_of_a_lock_is_held_to_what_follows_from_its_inputs(lock):
     assert judged(resealed(lock)) is None
 
 
-def test_no_part_of_a_lock_can_be_left_out_emptied_or_added_to(lock):
+def test_a_lock_with_parts_removed_emptied_or_added_is_refused(lock):
     parts = [(route, value) for route, value in routes(lock) if isinstance(value, (dict, list))]
     believed = []
     for route, value in parts:
@@ -156,7 +156,7 @@ def test_no_part_of_a_lock_can_be_left_out_emptied_or_added_to(lock):
     assert believed == []
 
 
-def test_versions_stand_outside_of_the_digest_and_of_every_comparison_but_are_typed(lock):
+def test_versions_are_typed_but_not_part_of_digest_or_comparison(lock):
     for library in lock["made_with"]:
         for version in ("0.0.1", None):
             assert judged(json.dumps(changed(lock, ("made_with", library), version))) is None
@@ -202,7 +202,7 @@ def test_versions_stand_outside_of_the_digest_and_of_every_comparison_but_are_ty
         (("hardware",), [], "`hardware` cannot be []"),
     ],
 )  # fmt: skip
-def test_a_lock_that_was_changed_digest_and_all_is_refused_by_the_route(lock, route, value, said):
+def test_a_changed_and_resealed_lock_is_refused_with_the_route(lock, route, value, said):
     try:
         text = resealed(changed(lock, route, value))
     except UnicodeEncodeError:
@@ -227,12 +227,12 @@ def test_a_version_is_an_integer_of_at_least_1(lock, version):
         ("\x00", "not JSON"),
     ],
 )
-def test_what_is_no_lock_is_never_a_traceback(text, said):
+def test_text_that_is_no_lock_is_an_error_without_traceback(text, said):
     with pytest.raises(LockError, match=said):
         read_lock(text)
 
 
-def test_a_bound_is_one_where_the_strategy_proves_it_and_not_above_what_the_plan_takes(workspace):
+def test_a_bound_needs_a_strategy_that_proves_it_and_is_at_most_the_plans_time(workspace):
     lock = compiled(FASTEST)
     route = ("plan", "prediction", "bound_decode_nanoseconds_per_token")
     bound, decode = lock["plan"]["prediction"][route[-1]], lock["plan"]["prediction"]["decode_nanoseconds_per_token"]
@@ -245,7 +245,7 @@ def test_a_bound_is_one_where_the_strategy_proves_it_and_not_above_what_the_plan
         assert said in judged(resealed(changed(lock, route, other)))
 
 
-def test_a_bound_is_believed_as_it_was_compiled_unless_it_is_to_be_proven(workspace):
+def test_a_locked_bound_is_trusted_unless_it_is_to_be_proven(workspace):
     lock = compiled(FASTEST)
     assert check_one(Path("p.yaml"), OPTIONS, proves=True).state == "fresh"
     route = ("plan", "prediction", "bound_decode_nanoseconds_per_token")
@@ -256,7 +256,7 @@ def test_a_bound_is_believed_as_it_was_compiled_unless_it_is_to_be_proven(worksp
     assert f"is {bound - 1:,}, and {bound:,} is what is proven" in checked.diagnostics[-1].message
 
 
-def test_a_lock_that_is_a_link_out_of_the_repository_is_read_where_that_is_allowed(lock):
+def test_a_lock_linked_from_outside_the_repository_is_read_only_if_allowed(lock):
     Path("home/.git").mkdir(parents=True)
     for name in ("p.yaml", "small"):
         Path(name).rename(f"home/{name}")
@@ -289,7 +289,7 @@ placement: {strategy: fastest}
 FASTEST_DECODE = ("plan", "prediction", "fastest_decode_nanoseconds_per_token")
 
 
-def test_the_time_of_the_fastest_plan_is_shorter_than_that_of_the_plan_and_not_below_the_bound(workspace):
+def test_the_fastest_plans_time_is_between_bound_and_plan(workspace):
     lock = compiled(SPREAD, layers=60)
     prediction = lock["plan"]["prediction"]
     bound, decode = prediction["bound_decode_nanoseconds_per_token"], prediction["decode_nanoseconds_per_token"]
@@ -317,20 +317,20 @@ def test_the_time_of_the_fastest_plan_is_shorter_than_that_of_the_plan_and_not_b
 
 
 def test_a_lock_of_a_static_cache_is_proven_as_any_other(workspace):
-    """transformers compiles what decodes then, on one CUDA card; the time, and its bound, are of code that is not."""
+    """transformers then compiles decoding on one CUDA card; the time and its bound are of uncompiled code."""
     compiled(
         SPREAD.replace('context }}"}', 'context }}", cache: static}').replace("[0-1]", "0").replace("3000KiB", "1GiB")
     )
     assert check_one(Path("p.yaml"), OPTIONS, proves=True).state == "fresh"
 
 
-def test_only_where_the_fastest_is_looked_for_is_there_a_time_of_it(lock):
+def test_a_fastest_time_is_refused_for_strategies_that_compute_none(lock):
     said = judged(resealed(changed(lock, FASTEST_DECODE, 1)))
     assert f"`{'.'.join(FASTEST_DECODE)}` is 1, and `sequential` looks for none" in said
 
 
-def test_a_plan_is_proven_to_be_what_its_strategy_makes(workspace):
-    """A whole lock of another strategy's plan, everything derived, which a profile without that pin would accept."""
+def test_a_plan_can_be_proven_to_be_its_strategys(workspace):
+    """A consistent lock of another strategy's plan, which is otherwise accepted, is refused."""
     pinned = compiled(PROFILE.replace("pins:", 'pins:\n    - {match: "model.layers.0", device: cuda:1}'))
     lock = compiled(PROFILE)
     forged = {**lock, "plan": pinned["plan"]}
@@ -340,15 +340,15 @@ def test_a_plan_is_proven_to_be_what_its_strategy_makes(workspace):
     assert "`plan.device_map.model.layers.0` is 1, and placing anew gives 0" in checked.diagnostics[-1].message
 
 
-def test_a_plan_that_was_kept_is_proven_as_good(workspace):
+def test_a_plan_kept_by_keep_can_be_proven_as_good(workspace):
     compiled(FASTEST)
     Path("p.yaml").write_text(FASTEST.replace("cuda:1: {memory: 1GiB", "cuda:1: {memory: 2GiB"))
     compiled(Path("p.yaml").read_text(), "--keep")
     assert check_one(Path("p.yaml"), OPTIONS, proves=True).state == "fresh"
 
 
-def test_check_and_run_refuse_a_lock_into_which_facts_were_invented(lock):
-    """Over everything at once, as a person would forge it."""
+def test_check_and_run_refuse_a_forged_lock(lock):
+    """With many values changed at once, as a person would forge it."""
     forged = copy.deepcopy(lock)
     forged["plan"].update(strategy="fastest", measured=False, executor="magic", compute={"a": "b"})
     forged["plan"]["prediction"].update(decode_nanoseconds_per_token=1, longest_context=999_999_999)
@@ -361,8 +361,8 @@ def test_check_and_run_refuse_a_lock_into_which_facts_were_invented(lock):
         assert "up to date" not in done.output
 
 
-def test_a_revision_that_is_a_commit_is_that_commit_whatever_the_lock_says(lock):
-    """So a forged one is not looked for on the hub; it is then compared, and is not the same."""
+def test_a_revision_that_is_a_commit_overrides_the_lock(lock):
+    """A forged commit is not requested from the hub; it is compared, and differs."""
     first, second = "1" * 40, "2" * 40
     forged = changed(lock, ("inputs", "commit"), second)
     forged["values"]["profile"] |= {"model.source": "people/llama", "model.revision": first}

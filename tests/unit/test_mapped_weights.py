@@ -1,4 +1,4 @@
-"""Weights that are read ahead: there when a module begins, never more than there is room for, gone behind it."""
+"""Weights read ahead from disk are there when a module begins, fit in two slots, and are released after use."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SIZES = (12 * PAGE, 4 * PAGE, 8 * PAGE, 2 * PAGE)
 
 
 class Disk:
-    """Stands for a file: of each tensor every byte is its number, and it reads only while it may."""
+    """A simulated file: every byte of a tensor is the tensor's number, and reads wait until they are allowed."""
 
     def __init__(self):
         self.may_read = threading.Event()
@@ -69,7 +69,7 @@ def reading(disk):
 
 
 def settle(reader):
-    """Wait until the thread has nothing left to do; return the pieces that are in memory."""
+    """Wait until the thread is idle, and return the pieces that are in memory."""
     deadline = time.monotonic() + 10
     while True:
         with reader._changed:
@@ -99,7 +99,7 @@ def test_a_module_begins_once_its_weights_are_in_memory(disk, reading):
 
 @settings(deadline=None, max_examples=50)
 @given(st.lists(st.integers(0, len(SIZES) - 1), min_size=1, max_size=40))
-def test_whatever_the_order_weights_are_there_while_a_module_runs_and_in_the_memory_that_is_planned(order):
+def test_weights_are_in_planned_memory_while_a_module_runs_in_any_order(order):
     pieces = pieces_on(Disk())
     reader = ReadAhead(pieces)
     try:
@@ -116,7 +116,7 @@ def test_whatever_the_order_weights_are_there_while_a_module_runs_and_in_the_mem
     assert reader.slots._memory.nbytes == 2 * max(SIZES)
 
 
-def test_the_next_is_read_while_one_runs_and_the_first_after_the_last(reading):
+def test_the_next_module_is_read_while_one_runs(reading):
     reader, pieces = reading
     for number in range(len(pieces)):
         reader.begin(pieces[number])
@@ -137,7 +137,7 @@ def test_both_slots_are_filled_while_nothing_runs(disk):
     assert disk.reads == [0, 1, 2]
 
 
-def test_the_order_is_learnt(reading):
+def test_the_order_of_modules_is_learnt(reading):
     reader, pieces = reading
     for _ in range(2):
         for number in (0, 2, 1):
@@ -147,7 +147,7 @@ def test_the_order_is_learnt(reading):
         assert pieces[3] not in settle(reader)  # after 1 comes 0, then 2, and then 1
 
 
-def test_what_is_sparse_is_not_read_ahead(disk):
+def test_sparse_pieces_are_not_read_ahead(disk):
     pieces = pieces_on(disk, sparse=(1,))
     reader = ReadAhead(pieces)
     reader.begin(pieces[0])
@@ -156,8 +156,8 @@ def test_what_is_sparse_is_not_read_ahead(disk):
     reader.close()
 
 
-def test_a_piece_that_is_waited_for_takes_the_room_of_those_that_are_expected(disk):
-    """The room that is left of both slots would hold it, but neither slot does."""
+def test_a_needed_piece_takes_the_room_of_expected_ones(disk):
+    """The free memory of both slots together would hold it, but that of neither slot does."""
     pieces = pieces_on(disk, sizes=[size * PAGE for size in (1, 2, 1, 3)])
     reader = ReadAhead(pieces)
     reader.begin(pieces[0])
@@ -170,7 +170,7 @@ def test_a_piece_that_is_waited_for_takes_the_room_of_those_that_are_expected(di
     reader.close()
 
 
-def test_modules_within_modules_have_memory_however_many_run(disk):
+def test_any_number_of_nested_modules_have_memory(disk):
     pieces = pieces_on(disk, sizes=[PAGE] * 5)
     reader = ReadAhead(pieces)
     data = [reader.begin(piece) for piece in pieces]
@@ -178,7 +178,7 @@ def test_modules_within_modules_have_memory_however_many_run(disk):
     reader.close()
 
 
-def test_what_is_still_shown_is_not_overwritten(reading):
+def test_memory_that_a_tensor_refers_to_is_not_overwritten(reading):
     reader, pieces = reading
     kept = [reader.begin(pieces[0])[place_of(pieces[0])][7:]]  # as a module does that gives a part of its weights
     reader.end(pieces[0])
@@ -189,7 +189,7 @@ def test_what_is_still_shown_is_not_overwritten(reading):
     assert bool((kept[0] == 0).all())
 
 
-def test_memory_is_given_within_one_slot_and_again_once_nothing_shows_it():
+def test_memory_lies_within_one_slot_and_is_reused_when_unreferenced():
     slots = Slots(3 * PAGE)
     first, second = (torch.from_numpy(slots.take(2 * PAGE)) for _ in range(2))
     assert second.data_ptr() - first.data_ptr() == 3 * PAGE
@@ -202,7 +202,7 @@ def test_memory_is_given_within_one_slot_and_again_once_nothing_shows_it():
     assert slots.take(2 * PAGE).ctypes.data == address
 
 
-def test_a_read_that_fails_is_told_and_nobody_waits_for_ever(disk, reading):
+def test_a_failed_read_raises_an_error_and_nobody_waits(disk, reading):
     reader, pieces = reading
     disk.fails = True
     with pytest.raises(OSError, match="the disk is gone"):
@@ -230,7 +230,7 @@ def test_two_forwards_at_once_both_end(reading):
     assert not wrong
 
 
-def test_the_thread_ends_and_lets_go_of_its_files(disk):
+def test_closing_ends_the_thread_and_closes_its_files(disk):
     pieces = pieces_on(disk)
     gone = weakref.ref(pieces[0])
     reader = ReadAhead(pieces)
@@ -243,7 +243,7 @@ def test_the_thread_ends_and_lets_go_of_its_files(disk):
     assert gone() is None
 
 
-def test_a_thread_that_is_to_end_reads_no_more(disk):
+def test_a_closing_thread_reads_no_more(disk):
     pieces = pieces_on(disk)
     reader = ReadAhead(pieces)
     disk.may_read.clear()

@@ -1,4 +1,4 @@
-"""Images and sound in a prompt: what they are given as, how many tokens they take, and what is said of them."""
+"""Images and sound in a prompt: the inputs that models get, the tokens that they take, and the messages about them."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ T5 = {"model_type": "t5", "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 3,
 
 
 @pytest.mark.parametrize("text", [BLIP2["text_config"], T5], ids=["opt", "t5"])
-def test_the_cache_of_a_language_model_within_is_that_of_what_really_decodes(text):
+def test_the_cache_of_an_inner_language_model_is_that_of_a_real_run(text):
     config = {**BLIP2, "text_config": text, "use_decoder_only_language_model": text is not T5}
     found = measured(config, ONE_IMAGE)
     assert found.decodes
@@ -65,7 +65,7 @@ def test_the_cache_of_a_language_model_within_is_that_of_what_really_decodes(tex
 
 
 @pytest.mark.parametrize("name", ["llava", "mllama", "qwen3_vl"])
-def test_the_tower_is_measured_and_its_tokens_are_told(name):
+def test_the_vision_tower_is_measured_and_its_tokens_are_counted(name):
     found = measured(IMAGE_MODELS[name], ONE_IMAGE)
     assert found.measured
     assert (found.media.tokens, found.media.problem) == (TOKENS[name], None)
@@ -76,7 +76,7 @@ def test_the_tower_is_measured_and_its_tokens_are_told(name):
 
 @pytest.mark.parametrize("kind", IMAGE_MODELS)
 @torch.no_grad()
-def test_a_model_with_numbers_takes_what_it_is_measured_with(kind):
+def test_a_real_model_takes_the_measured_image_inputs(kind):
     model = built(IMAGE_MODELS[kind], torch.float32)
     for name, parameter in model.named_parameters():
         if "gate" in name or "projection_weight" in name:  # closed, until training opens it
@@ -96,7 +96,7 @@ HEARD = {"whisper": 0, "qwen2_audio": 32, "voxtral": 16, "qwen2_5_omni_thinker":
 
 @pytest.mark.parametrize("kind", SOUND_MODELS)
 @torch.no_grad()
-def test_a_model_with_numbers_hears_what_it_is_measured_with(kind):
+def test_a_real_model_takes_the_measured_sound_inputs(kind):
     model = built(SOUND_MODELS[kind], torch.float32)
     asked = workload(audio_seconds=1)
     media = media_of(model, asked)
@@ -119,12 +119,12 @@ def test_more_images_take_more_tokens_and_each_sequence_has_its_own():
     assert of_three.by_path[tower].prefill_operations == 3 * two.by_path[tower].prefill_operations > 0
 
 
-def test_of_any_size_the_size_decides_how_many_tokens():
+def test_the_size_of_an_image_decides_its_tokens():
     small, large = (measured(QWEN2_5_VL, workload(images=1, image_height=side, image_width=56)) for side in (56, 224))
     assert (small.media.tokens, large.media.tokens) == (4, 16)
 
 
-def test_blocks_of_a_tower_that_are_given_something_else_are_run_and_the_others_spared(monkeypatch):
+def test_only_equal_blocks_of_a_tower_with_equal_inputs_are_skipped(monkeypatch):
     tower = {**QWEN2_5_VL["vision_config"], "depth": 8, "fullatt_block_indexes": [3, 7]}
     asked = workload(images=1, image_height=224, image_width=224)
     runs = []
@@ -142,7 +142,7 @@ def test_blocks_of_a_tower_that_are_given_something_else_are_run_and_the_others_
     assert run_of_spared < len(runs)
 
 
-def test_seconds_of_sound_are_heard():
+def test_sound_is_measured_through_the_encoder():
     found = measured(WHISPER, workload(audio_seconds=1))
     assert (found.media.tokens, found.media.problem) == (0, None)
     assert found.by_path["model.encoder.layers.0"].prefill_launches
@@ -191,7 +191,7 @@ def compiled(config, inputs):
         (LLAVA, "{image: 1}", "unknown-key", ""),
     ],
 )
-def test_what_cannot_be_is_an_error_at_the_inputs(workspace, config, inputs, code, says):
+def test_impossible_inputs_are_an_error_at_their_line(workspace, config, inputs, code, says):
     (finding,) = (each for each in compiled(config, inputs).diagnostics if each.severity == "error")
     assert finding.code == code
     assert says in finding.message
@@ -199,7 +199,7 @@ def test_what_cannot_be_is_an_error_at_the_inputs(workspace, config, inputs, cod
 
 
 @pytest.mark.parametrize(("pin", "is_copied"), [("model.vision_tower", False), ("lm_head", True)])
-def test_a_token_copies_nothing_of_a_tower_that_it_does_not_call(workspace, pin, is_copied):
+def test_decoding_copies_no_weights_of_a_streamed_tower(workspace, pin, is_copied):
     compiled(LLAVA, "{images: 1}")
     pins = f"placement: {{strategy: sequential, pins: [{{match: {pin}, device: cpu}}]}}\n"
     lines = Path("profile.yaml").read_text().replace("cuda:1", "cpu").splitlines(keepends=True)
@@ -211,7 +211,7 @@ def test_a_token_copies_nothing_of_a_tower_that_it_does_not_call(workspace, pin,
     assert compilation.plan.prediction.streamed_bytes_per_token == (cpu.weights_bytes if is_copied else 0)
 
 
-def test_without_a_context_images_would_not_be_looked_at(workspace):
+def test_images_without_a_context_length_are_an_error(workspace):
     compiled(LLAVA, "{images: 1}")
     text = Path("profile.yaml").read_text()
     for context, codes in (("", ["unused-key"]), ("context_length: many, ", ["wrong-type"])):
@@ -220,7 +220,7 @@ def test_without_a_context_images_would_not_be_looked_at(workspace):
         assert [each.code for each in findings if each.severity == "error"] == codes
 
 
-def test_what_the_code_does_not_take_is_told_and_text_is_measured(workspace):
+def test_inputs_that_the_model_rejects_are_reported_and_text_is_measured(workspace):
     narrow = {**QWEN2_5_VL, "vision_config": {**QWEN2_5_VL["vision_config"], "out_hidden_size": 16}}
     compilation = compiled(narrow, "{images: 1, image_size: 56}")
     assert isinstance(compilation, Compiled)
@@ -235,14 +235,14 @@ def test_what_the_code_does_not_take_is_told_and_text_is_measured(workspace):
         ("", "text alone was tried, which does not call"),
     ],
 )
-def test_compile_says_what_images_take_or_that_none_were_tried(workspace, inputs, says):
+def test_compile_reports_the_tokens_of_images_or_that_none_were_tried(workspace, inputs, says):
     compiled(LLAVA, inputs)
     done = CliRunner().invoke(compile_command, ["profile.yaml"])
     assert done.exit_code == 0, done.output
     assert says in " ".join(done.output.split())
 
 
-def test_inputs_are_a_part_of_what_a_lock_was_made_from(workspace):
+def test_images_and_sound_are_inputs_of_a_lock(workspace):
     plain, with_image = (compiled(LLAVA, inputs).inputs for inputs in ("", "{images: 1}"))
     assert plain.profile != with_image.profile
     assert plain.measurement != with_image.measurement
@@ -252,7 +252,7 @@ def test_inputs_are_a_part_of_what_a_lock_was_made_from(workspace):
 
 
 def known(action):
-    """The result of an action among tensors without data, as a list."""
+    """Return the result of an action among tensors without data, as a list."""
     with torch.no_grad(), tensors_without_data(), knowing_values():
         return action()
 
@@ -270,11 +270,11 @@ def known(action):
         lambda: torch.cumsum(torch.tensor([1, 2, 3]), 0)[1:].add_(1).tolist(),
     ],
 )
-def test_what_follows_from_literals_is_known_as_if_there_were_data(action):
+def test_values_computed_from_literals_are_known(action):
     assert known(action) == action()
 
 
-def test_what_hangs_on_data_has_a_shape_where_a_mask_is_known():
+def test_masked_unknown_values_have_a_known_shape():
     def shapes():
         unknown = torch.empty(3, 5)
         mask = torch.tensor([True, False, True])
@@ -289,7 +289,7 @@ def test_what_hangs_on_data_has_a_shape_where_a_mask_is_known():
     assert known(shapes) == [[2, 5], [10], [10], [5, 5]]
 
 
-def test_what_is_written_to_with_something_unknown_is_known_no_more():
+def test_values_overwritten_by_unknown_ones_are_unknown():
     def asked():
         counts = torch.zeros(3)
         counts[1:] += torch.empty(2)
@@ -299,6 +299,6 @@ def test_what_is_written_to_with_something_unknown_is_known_no_more():
         known(asked)
 
 
-def test_numbers_at_random_are_not_known():
+def test_random_numbers_are_unknown():
     with pytest.raises(Exception, match="_local_scalar_dense"):
         known(lambda: torch.randint(0, 9, (3,)).tolist())

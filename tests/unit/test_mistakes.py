@@ -1,4 +1,4 @@
-"""Mistakes that a new user makes: each is answered once, at its place, by the line that is to be written."""
+"""Mistakes of new users are each reported once, at their place, with the line to write instead."""
 
 from __future__ import annotations
 
@@ -200,7 +200,7 @@ MISTAKES = [
 
 @pytest.fixture
 def folder(workspace):
-    """A repository with a model, and with what is none."""
+    """A repository with a model, and with files that are none."""
     Path(".git").mkdir()
     Path("models").mkdir()
     Path("llama").rename("models/llama")
@@ -219,7 +219,7 @@ def folder(workspace):
 @pytest.mark.parametrize(
     ("correct", "mistake", "marked", "code", "help"), MISTAKES, ids=[mistake[1][:40] for mistake in MISTAKES]
 )
-def test_a_mistake_is_answered_once_and_by_what_to_write(folder, correct, mistake, marked, code, help):
+def test_a_mistake_is_reported_once_with_what_to_write(folder, correct, mistake, marked, code, help):
     assert correct in PROFILE
     Path("p.yaml").write_text(PROFILE.replace(correct, mistake))
     [finding] = run_pipeline(Request(path=Path("p.yaml"))).diagnostics
@@ -233,26 +233,26 @@ def test_a_mistake_is_answered_once_and_by_what_to_write(folder, correct, mistak
     ("name", "meant"),
     [("LlamaForCasualLM", "LlamaForCausalLM"), ("AutoModelForVision2Seq", "AutoModelForImageTextToText")],
 )
-def test_the_class_that_was_meant_is_named(folder, name, meant):
+def test_a_misspelt_class_is_reported_with_the_right_one(folder, name, meant):
     Path("p.yaml").write_text(PROFILE.replace(MODEL, f"{{source: models/llama, class: {name}}}"))
     [finding] = run_pipeline(Request(path=Path("p.yaml"))).diagnostics
     assert f"did you mean `{meant}`?" in finding.message
 
 
-def test_a_range_as_python_indexes_a_list(folder):
+def test_a_range_in_python_syntax_is_reported(folder):
     pin = '{strategy: fastest, pins: [{match: "model.layers[:4]", device: 0}]}'
     Path("p.yaml").write_text(PROFILE.replace(PLACEMENT, pin))
     [finding] = run_pipeline(Request(path=Path("p.yaml"))).diagnostics
     assert finding.label == "a range is a segment of its own: `model.layers.[:4]`"
 
 
-def test_links_by_other_names(folder):
+def test_links_by_unknown_names_are_reported(folder):
     Path("p.yaml").write_text(PROFILE.replace("placement", "  links: {pcie: 25GB/s, nvlink: 600GB/s}\nplacement"))
     found = [(each.code, each.help) for each in run_pipeline(Request(path=Path("p.yaml"))).diagnostics]
     assert found == [("unknown-key", "did you mean `host`?"), ("unknown-key", "did you mean `peer`?")]
 
 
-def test_a_modified_card_is_described_as_the_help_says(folder):
+def test_the_help_for_a_modified_card_compiles(folder):
     card = "{memory: 48GiB, overhead: 1280MiB, slack: 2%, bandwidth: 1008GB/s, flops: 165200GFLOP/s, efficiency: 80%}"
     text = PROFILE.replace(CARD, f"cuda:0: {card}").replace("placement", "  links: {host: 25GB/s}\nplacement")
     Path("p.yaml").write_text(text)

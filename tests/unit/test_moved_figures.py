@@ -1,7 +1,4 @@
-"""A lock that other versions of the libraries made holds where its plan does, and what moved is said.
-
-Other versions are stood in for by a measurement that says something else, and by versions in the lock.
-"""
+"""A lock made with other library versions stays valid while its plan holds, and changed measurements are reported."""
 
 from __future__ import annotations
 
@@ -52,7 +49,7 @@ def reseal(value):
 
 
 def make_early(graph):
-    """What the lock was before measurements had a digest of their own."""
+    """Turn the lock into one from before measurements had a digest of their own."""
     value, then = lock(), graph_to_json(graph)
     del value["inputs"]["measurement"], then["schema"], then["measurement"]["positions"]
     value["inputs"]["graph"] = digest(then)
@@ -65,7 +62,7 @@ def graph_of_profile():
 
 @pytest.fixture
 def measured_by(monkeypatch):
-    """Have every later command measure by this version, which finds more activations and more time."""
+    """Make later commands measure by this version, with larger activations and times."""
 
     def measure(version, more_bytes=0, **changed):
         found = compiler.load_model_graph
@@ -93,7 +90,7 @@ def _with_more(cost, more_bytes):
 
 
 @pytest.mark.parametrize("is_early", [False, True])
-def test_a_lock_that_holds_by_other_figures_is_not_stale_and_says_what_moved(strategy, measured_by, is_early):
+def test_a_lock_that_holds_with_new_measurements_is_a_warning(strategy, measured_by, is_early):
     if is_early:
         make_early(graph_of_profile())
         assert run("check", "p.yaml") == (0, "", "1 lock up to date\n")
@@ -115,7 +112,7 @@ def test_a_lock_that_holds_by_other_figures_is_not_stale_and_says_what_moved(str
 
 
 @pytest.mark.parametrize("is_early", [False, True])
-def test_a_plan_that_does_not_fit_any_more_is_stale_in_the_same_words(strategy, measured_by, is_early):
+def test_a_plan_that_no_longer_fits_with_new_measurements_is_stale(strategy, measured_by, is_early):
     if is_early:
         make_early(graph_of_profile())
     measured_by("9.9.9", more_bytes=400 * 1024)
@@ -126,14 +123,14 @@ def test_a_plan_that_does_not_fit_any_more_is_stale_in_the_same_words(strategy, 
     assert "more than it has" in said
 
 
-def test_by_the_same_versions_a_difference_is_stale(strategy, measured_by):
+def test_other_measurements_with_the_same_versions_make_a_lock_stale(strategy, measured_by):
     measured_by(lock()["made_with"]["transformers"], more_bytes=4096)
     code, said, _ = run("check", "p.yaml")
     assert (code, "what running the model was measured to take changed" in said) == (3, True)
 
 
 @pytest.mark.parametrize("is_early", [False, True])
-def test_another_module_tree_is_stale_whatever_the_versions(strategy, measured_by, is_early, monkeypatch):
+def test_another_module_tree_makes_a_lock_stale_with_any_versions(strategy, measured_by, is_early, monkeypatch):
     if is_early:
         make_early(graph_of_profile())
     graph = graph_of_profile()
@@ -146,13 +143,13 @@ def test_another_module_tree_is_stale_whatever_the_versions(strategy, measured_b
     assert (code, "the model's module tree changed (transformers" in said) == (3, True)
 
 
-def test_what_a_library_only_names_otherwise_moves_nothing(strategy, measured_by):
-    """5.24 calls the cache `cache`, where it was `past_key_values`."""
+def test_a_renamed_argument_changes_no_measurement(strategy, measured_by):
+    """transformers 5.24 renamed the argument `past_key_values` to `cache`."""
     measured_by("9.9.9", skip_keys=("cash",))
     assert run("check", "p.yaml") == (0, "", "1 lock up to date\n")
 
 
-def test_figures_that_moved_prove_no_bound(strategy, measured_by):
+def test_a_bound_is_not_proven_with_other_measurements(strategy, measured_by):
     assert run("check", "--prove", "p.yaml")[0] == 0
     measured_by("9.9.9", more_bytes=4096)
     code, said, _ = run("check", "--prove", "p.yaml")

@@ -1,4 +1,4 @@
-"""The pages of the documentation: links lead somewhere, all are in the site, few commands cannot be run anywhere."""
+"""The documentation's links resolve, all its pages are in the site, and few commands need a GPU or a hub."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def anchors(page):
 
 
 @pytest.mark.parametrize("page", [*pages(), *REPOSITORY.glob("[A-Z]*.md")], ids=name_of)
-def test_links_lead_somewhere(page):
+def test_links_resolve(page):
     lost = []
     for link in LINK.finditer(CODE.sub("", page.read_text(encoding="utf-8"))):
         target = (page.parent / link["target"]).resolve() if link["target"] else page
@@ -39,14 +39,14 @@ def test_at_most_a_fifth_of_the_commands_needs_a_gpu_or_a_hub():
     assert len(needy) <= len(commands) / 5, needy
 
 
-def test_a_mark_is_understood():
+def test_needs_marks_of_commands_are_known():
     marks = re.findall(r"#\s*needs\b.*", "".join(page.read_text(encoding="utf-8") for page in pages()))
     assert marks
     assert [mark for mark in marks if not re.match(r"# needs: (gpu|hub)\b", mark)] == []
 
 
 class _Loader(yaml.SafeLoader):
-    """Reads mkdocs.yml, whose `!!python/name:` tags name functions."""
+    """A loader of mkdocs.yml, whose `!!python/name:` tags name functions."""
 
 
 _Loader.add_multi_constructor("tag:yaml.org,2002:python/", lambda *_: None)

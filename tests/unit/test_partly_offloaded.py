@@ -1,4 +1,4 @@
-"""A cache of which the plan says which layers are on the CPU: the choice is the best, and the lock keeps it."""
+"""A plan can offload the cache of some layers to the CPU; the choice is optimal, and the lock keeps it."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ LAYERS = 10
 
 @pytest.fixture(autouse=True)
 def in_workspace(workspace):
-    """A folder with a model of enough layers that what is on its way of an offloaded cache is not all of it."""
+    """A folder with a model of enough layers that the cache in transit is only a part of it."""
     Path("llama/config.json").write_text(json.dumps(LLAMA | {"num_hidden_layers": LAYERS}))
 
 
@@ -61,7 +61,7 @@ def compiled():
 
 
 def choices_of(chain):
-    """Every choice, but for which of equal blocks takes which of their options."""
+    """Yield every choice, regardless of which of equal blocks take which options."""
     alike = {}
     for position, block in enumerate(chain.blocks):
         alike.setdefault(block.options, []).append(position)
@@ -72,14 +72,14 @@ def choices_of(chain):
 
 
 def decoded(cache, memory):
-    """The nanoseconds of a token by the fastest plan, and that plan."""
+    """Return the nanoseconds of a token by the fastest plan, and that plan."""
     found = run_pipeline(Request(path=written(cache, memory=memory, link="100MB/s")))
     plan = found.plan.fastest or found.plan
     return plan.prediction.decode_nanoseconds_per_token, plan
 
 
 @pytest.mark.parametrize(("memory", "count"), [("1000KiB", LAYERS), ("1400KiB", 5)])
-def test_no_mix_is_faster_and_neither_is_all_or_none(memory, count, monkeypatch):
+def test_no_other_set_of_offloaded_caches_is_faster(memory, count, monkeypatch):
     chains, solve = [], optimal.solve
     taken = {cache: decoded(cache, memory)[0] for cache in ("dynamic", "offloaded")}
 
@@ -101,7 +101,7 @@ def test_no_mix_is_faster_and_neither_is_all_or_none(memory, count, monkeypatch)
     assert (nanoseconds < min(taken.values())) == (count < LAYERS)
 
 
-def test_the_plan_says_whose_cache_is_on_the_cpu_and_holds_as_much_there():
+def test_the_plan_lists_offloaded_caches_and_counts_their_bytes():
     said = compiled()
     found = run_pipeline(Request(path=Path("p.yaml")))
     plan, measurement = found.plan, found.graph.measurement
@@ -129,7 +129,7 @@ def test_the_plan_says_whose_cache_is_on_the_cpu_and_holds_as_much_there():
             assert other.full_device is None
 
 
-def test_the_lock_keeps_whose_cache_it_is():
+def test_the_lock_keeps_the_offloaded_caches():
     compiled()
     lock = lock_at(Path("p.lock.json"))
     assert 0 < len(lock.plan["offloaded_caches"]) < LAYERS
@@ -143,7 +143,7 @@ def test_the_lock_keeps_whose_cache_it_is():
 
 
 def changed(caches):
-    """The lock with another list of caches, sealed as if it had been made so."""
+    """Return the lock with another list of caches, sealed again."""
     value = json.loads(Path("p.lock.json").read_text())
     value["plan"]["offloaded_caches"] = caches
     if caches is None:
@@ -152,7 +152,7 @@ def changed(caches):
     return read_lock(json.dumps(value))
 
 
-def test_a_lock_that_says_it_otherwise_does_not_hold():
+def test_a_lock_with_other_offloaded_caches_is_refused():
     compiled()
     own = lock_at(Path("p.lock.json")).plan["offloaded_caches"]
     graph = run_pipeline(Request(path=Path("p.yaml"))).graph
@@ -166,7 +166,7 @@ def test_a_lock_that_says_it_otherwise_does_not_hold():
 
 
 @pytest.mark.parametrize(("target", "code"), [("transformers", "not-a-device-map"), ("llama.cpp", "unfit-export")])
-def test_what_cannot_say_it_is_given_none(target, code):
+def test_outputs_that_cannot_express_offloaded_caches_are_refused(target, code):
     compiled()
     model = ["--model", "x.gguf"] if target == "llama.cpp" else []
     done = run("export", "p.yaml", "--to", target, "-o", "exported", "--format", "json", *model)
@@ -175,7 +175,7 @@ def test_what_cannot_say_it_is_given_none(target, code):
     assert not Path("exported").exists()
 
 
-def test_two_locks_differ_in_whose_cache_it_is():
+def test_diff_names_changed_offloaded_caches():
     compiled()
     Path("before.lock.json").write_text(Path("p.lock.json").read_text())
     assert run("compile", written(memory="1400KiB")).exit_code == 0
@@ -194,7 +194,7 @@ WINDOWS = {
 
 @torch.no_grad()
 @pytest.mark.parametrize("values", [LLAMA, WINDOWS], ids=["all of the context", "windows"])
-def test_generate_takes_a_cache_of_ours_unless_it_is_given_another(values):
+def test_generate_uses_our_cache_unless_given_another(values):
     config = AutoConfig.for_model(**{**values, "dtype": "float32"})
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).eval()

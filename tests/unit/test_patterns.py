@@ -1,4 +1,4 @@
-"""The table of patterns of docs/patterns.md, against a real module tree."""
+"""The table of patterns in docs/patterns.md holds against a real module tree."""
 
 from __future__ import annotations
 
@@ -62,11 +62,11 @@ def layers(*indices):
         ("", ("",)),
     ],
 )  # fmt: skip
-def test_matches(llama, pattern, expected):
+def test_patterns_match_as_the_page_says(llama, pattern, expected):
     assert match(parse_pattern(pattern), llama).names == expected
 
 
-def test_two_stars_match_no_segment_as_well(llama):
+def test_two_stars_also_match_no_segment(llama):
     assert "" in match(parse_pattern("**"), llama).names
 
 
@@ -79,7 +79,7 @@ def test_a_slice_counts_the_indices_that_exist(llama):
 
 
 @pytest.mark.parametrize("pattern", ["model.layers.[20-24]", "model.layers.[24]"])
-def test_a_range_beyond_the_end_is_told(llama, pattern):
+def test_a_range_beyond_the_end_is_reported(llama, pattern):
     beyond = match(parse_pattern(pattern), llama).beyond
     assert [(each.parent, each.existing[-1]) for each in beyond] == [("model.layers", 23)]
 
@@ -117,7 +117,7 @@ def test_experts_of_many_layers_match_at_once(mixture):
     assert len(found.names) == 120
 
 
-def test_many_stars_are_one_and_each_place_in_them_is_seen_once(llama):
+def test_repeated_stars_are_one_and_match_in_linear_time(llama):
     stars = "**." * 2000
     assert match(parse_pattern(f"{stars}lm_head"), llama).names == ("lm_head",)
     assert match(parse_pattern(f"{stars}nothing"), llama).names == ()

@@ -1,4 +1,4 @@
-"""Stages of a plan for vLLM: cut exactly, counted as vLLM counts, and held to by the lock."""
+"""The stages of a plan for vLLM are cut optimally, counted as vLLM counts them, and checked in the lock."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ MEBIBYTE = 2**20
 
 @st.composite
 def problems(draw):
-    """Costs of a few stages by their layers, and which layers each may have."""
+    """Yield the costs of a few stages by their layers, and the layers that each can have."""
     count, stages = draw(st.integers(1, 6)), draw(st.integers(1, 4))
     numbers = st.integers(0, 30)
     matrix = st.lists(st.lists(numbers, min_size=count, max_size=count), min_size=count, max_size=count)
@@ -51,7 +51,7 @@ def problems(draw):
 
 @settings(max_examples=150, deadline=None)
 @given(problems())
-def test_no_other_cut_has_a_request_wait_less(problem):
+def test_the_chosen_cut_has_the_shortest_waiting_time(problem):
     costs, masks, batches = problem
     count, stages = costs[0].shape[0], len(costs)
     objectives = []
@@ -85,14 +85,14 @@ LAYER = LayerCache(token_bytes=2 * 2 * 64 * 2)
         ([(0, 3), (4, 5)], LayerCache(token_bytes=2 * 64 * 4), [64, 8], 8_192),  # one head of two, in float32
     ],
 )
-def test_a_cache_has_as_many_tokens_as_vllm_logged(stages, layer, rooms, tokens):
+def test_cache_tokens_are_those_that_vllm_logged(stages, layer, rooms, tokens):
     pages = [page_bytes([layer] * 6, first, last, 128) for first, last in stages]
     blocks = min(room * MEBIBYTE // page for room, page in zip(rooms, pages, strict=True))
     each = blocks_per_request([layer] * 6, context_length=256, block_size=128, tokens_in_flight=512)
     assert blocks * 256 // each == tokens
 
 
-def test_windows_are_groups_of_their_own():
+def test_layers_with_a_window_are_groups_of_their_own():
     """Five layers that see 512 tokens back, and one that sees all: 1,024 blocks, 109 of them a request, 76,959 tokens.
 
     A cut after the fourth leaves each stage with a page as large: it has as many blocks.
@@ -104,7 +104,7 @@ def test_windows_are_groups_of_their_own():
     assert (each, 1024 * 8192 // each) == (109, 76_959)
 
 
-def test_groups_are_as_large_as_the_rarer_kind_unless_there_are_nearly_as_many():
+def test_groups_have_the_size_of_the_rarer_kind_of_layers():
     window = replace(LAYER, window=128)
     assert [len(group) for group in groups_of([window] * 10 + [LAYER] * 2)] == [2, 2, 2, 2, 2, 2]
     assert [len(group) for group in groups_of([window] * 13 + [LAYER] * 12)] == [13, 12]
@@ -153,7 +153,7 @@ def test_with_many_requests_the_faster_card_has_more_layers(compiled):
 
 
 def test_with_one_request_the_faster_card_has_all(compiled):
-    """Nothing is won by a slower card where stages wait for one another: the second host stays empty."""
+    """A slower card gains nothing if stages wait for one another: the second host stays empty."""
     one = compiled(TWO_HOSTS % {"requests": 1, "context": 4096, "memory": "1GiB"})
     assert [stage.host for stage in one.plan.pipeline.stages] == ["left"]
     assert {str(use.id): use.weights_bytes > 0 for use in one.plan.devices} == {
@@ -174,7 +174,7 @@ def test_fewest_devices_takes_the_fastest_of_as_few_as_have_room(compiled):
     assert [host for host, *_ in stages(requests=400)] == ["left", "right"]
 
 
-def test_the_stage_with_the_least_room_decides_how_many_blocks_there_are(compiled):
+def test_the_stage_with_the_least_room_decides_the_number_of_blocks(compiled):
     pipeline = compiled(TWO_HOSTS % {"requests": 64, "context": 4096, "memory": "120MiB"}).plan.pipeline
     assert pipeline.deciding_stage == 1
     assert pipeline.blocks == pipeline.stages[1].blocks < pipeline.stages[0].blocks
@@ -186,7 +186,7 @@ def test_the_stage_with_the_least_room_decides_how_many_blocks_there_are(compile
     assert 0 <= missing < pipeline.stages[1].page_bytes  # not one block more
 
 
-def test_moving_a_layer_is_slower_and_its_cache_as_planned(compiled):
+def test_moving_a_layer_to_another_stage_is_slower(compiled):
     found = compiled(TWO_HOSTS % {"requests": 64, "context": 4096, "memory": "120MiB"})
     moves = list(moves_of_a_layer(found.plan, found))
     assert [(move.layer, move.source, move.target) for move in moves] == [(3, 0, 1), (4, 1, 0)]
@@ -195,7 +195,7 @@ def test_moving_a_layer_is_slower_and_its_cache_as_planned(compiled):
     assert moves[0].cache_tokens < tokens < moves[1].cache_tokens
 
 
-def test_a_group_divides_what_vllm_divides(compiled):
+def test_a_tensor_parallel_group_splits_the_tensors_that_vllm_splits(compiled):
     groups = 'hardware: {devices: {"cuda:[0-3]": {memory: 1GiB}}}\nplacement: {groups: ["cuda:[0-%d]"]}\n'
     head = "version: 1\nmodel: {source: llama}\nworkload: {context_length: 64}\ntargets: [vllm]\n"
     two, four = (compiled(head + groups % last) for last in (1, 3))
@@ -211,14 +211,14 @@ def test_a_group_divides_what_vllm_divides(compiled):
     assert two.plan.pipeline.stages[0].page_bytes == four.plan.pipeline.stages[0].page_bytes  # one head on each rank
 
 
-def test_what_is_tied_is_on_both_ends(compiled):
+def test_tied_embeddings_are_counted_on_the_first_and_last_stage(compiled):
     text = (TWO_HOSTS % {"requests": 64, "context": 4096, "memory": "1GiB"}).replace("llama", "tied")
     layers = layers_of(compiled(text).graph, {**LLAMA, "tie_word_embeddings": True})
     assert layers.last_bytes(1, 2) == layers.first_bytes(1) + 64 * 2  # the norm besides
     assert layers.last_bytes(1, 1) == 64 * 2
 
 
-def test_equal_devices_are_counted_and_hosts_have_as_many_ranks(compiled):
+def test_choices_of_equal_devices_are_counted_once_with_equal_ranks_per_host(compiled):
     text = """version: 1
 model: {source: llama}
 workload: {context_length: 64}
@@ -240,7 +240,7 @@ targets: [vllm]
     assert all("right/cuda:1" in map(str, (slot[0].id for slot in chosen)) for chosen in found)
 
 
-def test_of_equal_hosts_the_first_are_taken(compiled):
+def test_the_first_of_equal_hosts_are_chosen(compiled):
     hosts = "".join(
         f"    h{number}: {{devices: {{cuda:0: {{memory: 1GiB}}}}, network: 1GB/s}}\n" for number in range(12)
     )
@@ -260,7 +260,7 @@ def test_of_equal_hosts_the_first_are_taken(compiled):
     assert len(hosts_of(slower)) == 6 * 7 + 11
 
 
-def test_unequal_hosts_are_counted_no_further_than_what_is_looked_at(compiled):
+def test_choices_of_unequal_hosts_are_limited(compiled):
     hosts = "".join(f"    h{number}: {{devices: {{cuda:0: {{memory: {1024 + number}MiB}}}}}}\n" for number in range(60))
     text = f"version: 1\nmodel: {{source: llama}}\nworkload: {{context_length: 64}}\nhardware:\n  hosts:\n{hosts}"
     Path("profile.yaml").write_text(f"{text}targets: [vllm]\n", encoding="utf-8")
@@ -278,7 +278,7 @@ def test_unequal_hosts_are_counted_no_further_than_what_is_looked_at(compiled):
     assert all(slots[4] in each for each in found)
 
 
-def test_the_lock_holds_the_stages_and_is_held_to_them(compiled):
+def test_the_lock_holds_the_stages_and_refuses_others(compiled):
     text = TWO_HOSTS % {"requests": 64, "context": 4096, "memory": "1GiB"}
     found = compiled(text)
     lock = read_lock(lock_of(found.plan, found.inputs, {}, MADE_WITH, found.inventory.accelerators_to_json()).to_text())
@@ -323,7 +323,7 @@ targets: [vllm]
 
 @pytest.fixture
 def resealed(compiled):
-    """A lock of a profile with the stages that a pinned one has: all that it says follows from these."""
+    """Return the lock of a profile with the stages of a pinned one, all other values derived from these."""
 
     def resealed(text, pins):
         other = compiled(text.replace("{strategy: fastest}", f"{{strategy: fastest, pins: [{pins}]}}")).plan
@@ -335,8 +335,8 @@ def resealed(compiled):
 
 
 @pytest.mark.parametrize("requests", [1, 64])
-def test_a_lock_with_other_stages_than_the_strategy_makes_is_found(resealed, requests):
-    """Every cut, and each host alone: only the stages that placing gives pass."""
+def test_a_lock_with_stages_of_another_strategy_is_refused(resealed, requests):
+    """Over every cut, and each host alone: only the stages that the strategy gives are accepted."""
     text = TWO_HOSTS % {"requests": requests, "context": 4096, "memory": "1GiB"}
     cuts = [
         ", ".join(
@@ -358,7 +358,7 @@ def test_a_lock_with_other_stages_than_the_strategy_makes_is_found(resealed, req
     assert ", and placing anew gives 0-" in wrong.message
 
 
-def test_check_does_not_pass_a_lock_with_slower_stages(resealed):
+def test_check_refuses_a_lock_with_slower_stages(resealed):
     text = TWO_HOSTS % {"requests": 64, "context": 4096, "memory": "1GiB"}
     lock, _ = resealed(text, '{match: "model.layers.3", device: right/cuda:0}')
     Path("profile.lock.json").write_text(lock.to_text(), encoding="utf-8")
@@ -368,8 +368,8 @@ def test_check_does_not_pass_a_lock_with_slower_stages(resealed):
     assert reason in " ".join(done.stderr.split())
 
 
-def test_where_libraries_measure_otherwise_other_stages_are_told(resealed):
-    """Such a lock is kept, with a warning: which stages placing anew gives is a part of it."""
+def test_other_stages_with_other_measurements_are_a_warning(resealed):
+    """The lock is kept; the warning names the stages that placing again gives."""
     text = TWO_HOSTS % {"requests": 64, "context": 4096, "memory": "1GiB"}
     lock, _ = resealed(text, '{match: "model.layers.3", device: right/cuda:0}')
     inputs = {**lock.inputs, "measurement": "sha256:0"}
@@ -379,7 +379,7 @@ def test_where_libraries_measure_otherwise_other_stages_are_told(resealed):
     assert "it has layers 0-2 on left/cuda:0, 3-5 on right/cuda:0, and placing anew gives 0-3" in warning.message
 
 
-def test_hosts_in_another_order_are_named(compiled):
+def test_a_changed_order_of_hosts_is_named(compiled):
     text = TWO_HOSTS % {"requests": 64, "context": 4096, "memory": "1GiB"}
     found = compiled(text)
     lock = lock_of(found.plan, found.inputs, {}, MADE_WITH, found.inventory.accelerators_to_json())
@@ -400,8 +400,8 @@ targets: [vllm]
 
 
 @pytest.mark.parametrize(("layer", "device"), [(layer, device) for layer in (1, 3) for device in range(3)])
-def test_a_device_with_a_layer_in_the_middle_may_be_anywhere(compiled, layer, device):
-    """No order of the cards, and none of their subsets, has a larger cache."""
+def test_a_device_pinned_to_a_middle_layer_can_be_in_any_place(compiled, layer, device):
+    """No order or subset of the cards has a larger cache."""
     found = compiled(THREE_CARDS % (layer, device))
     problem = pipeline_problem(found, Sink()).problem
     best = 0
@@ -418,8 +418,8 @@ def test_a_device_with_a_layer_in_the_middle_may_be_anywhere(compiled, layer, de
     assert compile_locked(Path("profile.yaml"), lock)[1] is None
 
 
-def test_of_more_orders_than_are_tried_it_is_said(compiled, monkeypatch):
-    """Five unequal cards are 16 choices by themselves; each comes once before other orders of any."""
+def test_untried_orders_of_devices_are_reported(compiled, monkeypatch):
+    """Five unequal cards alone are 16 choices; each comes once before other orders of any."""
     for module in (planning, rules, slots):
         monkeypatch.setattr(module, "MOST_CHOICES", 20)
     devices = ", ".join(f"cuda:{index}: {{memory: {6000 + 100 * index}KiB}}" for index in range(5))
@@ -438,8 +438,8 @@ def test_of_more_orders_than_are_tried_it_is_said(compiled, monkeypatch):
         (10**6, "1GiB", "a forward of 1,000,000 requests takes up to ", "write `concurrency: "),
     ],
 )
-def test_what_does_not_fit_is_told(compiled, requests, memory, message, help):
-    """And what is advised fits."""
+def test_stages_that_do_not_fit_are_reported(compiled, requests, memory, message, help):
+    """And the proposed remedy fits."""
     text = re.sub("[0-9]+KiB", memory, THREE_CARDS % (3, 1)).replace("concurrency: 2", f"concurrency: {requests}")
     Path("profile.yaml").write_text(text, encoding="utf-8")
     [found] = run_pipeline(Request(path=Path("profile.yaml"))).diagnostics
@@ -453,8 +453,8 @@ def test_what_does_not_fit_is_told(compiled, requests, memory, message, help):
         )
 
 
-def test_links_of_some_pairs_alone_leave_times_unknown(compiled):
-    """No link of cuda:0 and cuda:2 is stated: `fastest` is refused, with both ways named."""
+def test_missing_links_leave_times_unknown(compiled):
+    """The link of cuda:0 and cuda:2 is not stated: `fastest` is refused, with both directions named."""
     rates = "bandwidth: 10GB/s, flops: 1TFLOP/s"
     devices = ", ".join(f"cuda:{index}: {{memory: {index + 1}GiB, {rates}}}" for index in range(3))
     links = '{"cuda:0-cuda:1": 10GB/s, "cuda:1-cuda:2": 10GB/s}'
@@ -480,7 +480,7 @@ def test_a_plan_for_vllm_is_no_device_map(folder, monkeypatch, compiled):
         _ = plan.device_map
 
 
-def test_a_host_is_held_to_what_the_lock_wants_of_it(compiled):
+def test_a_host_is_checked_against_its_part_of_the_lock(compiled):
     text = """version: 1
 model: {source: llama}
 workload: {context_length: 64}
@@ -511,7 +511,7 @@ targets: [vllm]
     assert done.stdout.endswith("carry what `right` has of profile.lock.json\n")
 
 
-def test_fit_says_which_stage_decides(compiled, capsys):
+def test_fit_names_the_stage_that_limits_the_cache(compiled, capsys):
     compiled(TWO_HOSTS % {"requests": 64, "context": 4096, "memory": "120MiB"})
     small, large = (f"{{devices: {{'cuda:[0-1]': {{memory: {memory}}}}}}}" for memory in ("120MiB", "1GiB"))
     Path("others.yaml").write_text(f"hardware: {{hosts: {{a: {small}, b: {large}}}}}\n", encoding="utf-8")
@@ -523,7 +523,7 @@ def test_fit_says_which_stage_decides(compiled, capsys):
     assert "stage 0 decides, layers 0 to 5 on cuda:0" in small["reason"]
 
 
-def test_explain_says_which_stage_binds(compiled, capsys):
+def test_explain_names_the_slowest_stage(compiled, capsys):
     compiled(TWO_HOSTS % {"requests": 64, "context": 4096, "memory": "120MiB"})
     explain.main(["profile.yaml"], standalone_mode=False)
     said = " ".join(capsys.readouterr().out.split())

@@ -1,4 +1,4 @@
-"""Pins, groups and limits under every strategy, and what `single` and `manual` do."""
+"""Pins, groups and limits hold under every strategy; `single` and `manual` place as documented."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_pins_hold_under_every_strategy(workspace, strategy, match, tensor):
 
 
 @pytest.mark.parametrize("strategy", TRANSFORMERS_STRATEGIES)
-def test_what_is_forbidden_is_elsewhere(workspace, strategy):
+def test_not_on_keeps_modules_off_a_device(workspace, strategy):
     roomy = compile_text(
         f'  strategy: {strategy}\n  pins: [{{match: "model.layers.*", not_on: [0, cpu]}}]\n',
         devices=DEVICES.replace("400KiB", "2MiB"),
@@ -53,7 +53,7 @@ def test_what_is_forbidden_is_elsewhere(workspace, strategy):
 
 
 @pytest.mark.parametrize("strategy", TRANSFORMERS_STRATEGIES)
-def test_what_is_kept_together_shares_a_device(workspace, strategy):
+def test_keep_together_puts_modules_on_one_device(workspace, strategy):
     compilation = compile_text(
         f'  strategy: {strategy}\n  pins: [{{match: "model.layers.[0,5]", keep_together: true}}]\n'
     )
@@ -78,7 +78,7 @@ def test_blocks_stay_whole(workspace, strategy):
 
 
 @pytest.mark.parametrize("strategy", TRANSFORMERS_STRATEGIES)
-def test_nothing_spills_to_what_is_not_listed(workspace, strategy):
+def test_nothing_is_placed_on_unlisted_devices(workspace, strategy):
     compilation = compile_text(f"  strategy: {strategy}\n", devices="{cuda:0: {memory: 300KiB}}")
     [finding] = compilation.diagnostics
     assert finding.code == "over-capacity"
@@ -87,7 +87,7 @@ def test_nothing_spills_to_what_is_not_listed(workspace, strategy):
     )
 
 
-def test_caps_take_integer_keys_cpu_and_disk(workspace):
+def test_max_memory_takes_integer_keys_cpu_and_disk(workspace):
     compilation = compile_text(
         "  strategy: sequential\n  max_memory: {0: 300KiB, cpu: 200KiB, disk: 1MiB}\n  offload: {folder: offload}\n",
         devices="{cuda:0: {memory: 1GiB}, cpu: {memory: 1GiB}, disk: {memory: 1GiB}}",
@@ -110,25 +110,25 @@ def test_caps_take_integer_keys_cpu_and_disk(workspace):
         ("{cpu: {memory: 1GiB}}", "cpu"),
     ],
 )
-def test_single_takes_the_first_accelerator_else_the_cpu(workspace, devices, key):
+def test_single_uses_the_first_accelerator_or_the_cpu(workspace, devices, key):
     assert compile_text("  strategy: single\n", devices=devices).plan.device_map == {"": key}
 
 
-def test_the_shortage_of_pins_names_the_pins(workspace):
+def test_pins_beyond_a_devices_capacity_are_named(workspace):
     compilation = compile_text('  pins: [{match: "model.layers.*", device: cuda:1}]\n')
     [finding] = compilation.diagnostics
     assert finding.message.startswith("the pins put 433.5 KiB on cuda:1, which has 400.0 KiB: 33.5 KiB (34,304 bytes)")
     assert finding.span.line == 5
 
 
-def test_a_strategy_that_would_fit_is_named(workspace):
+def test_a_strategy_that_fits_is_proposed(workspace):
     devices = "{cuda:0: {memory: 600KiB}, cuda:1: {memory: 60KiB}}"
     [finding] = compile_text("  strategy: auto\n", devices=devices).diagnostics
     assert "`strategy: sequential` places all of it" in finding.help
     assert isinstance(compile_text("  strategy: sequential\n", devices=devices), Compiled)
 
 
-def test_the_order_of_keys_changes_nothing(workspace):
+def test_the_order_of_keys_in_a_profile_changes_nothing(workspace):
     plans = set()
     for devices in (DEVICES, "{cpu: {memory: 2MiB}, cuda:1: {memory: 400KiB}, cuda:0: {memory: 400KiB}}"):
         compilation = compile_text("  strategy: auto\n", devices=devices)
@@ -138,7 +138,7 @@ def test_the_order_of_keys_changes_nothing(workspace):
     assert len(plans) == 2
 
 
-def test_what_is_missing_is_what_would_have_to_be_added(workspace):
+def test_the_missing_bytes_are_exactly_what_must_be_added(workspace):
     [finding] = compile_text("  strategy: auto\n", devices="{cpu: {memory: 420KiB}}").diagnostics
     missing = int(finding.message.split("(")[-1].split(" bytes")[0].replace(",", ""))
     for more, fits in ((missing, True), (missing - 1, False)):
@@ -146,7 +146,7 @@ def test_what_is_missing_is_what_would_have_to_be_added(workspace):
         assert isinstance(found, Compiled) == fits
 
 
-def test_buffers_that_are_left_are_named_where_offloading_them_mends_it(workspace):
+def test_offloading_buffers_is_proposed_if_it_helps(workspace):
     text = """\
 version: 1
 model: {source: quantized}

@@ -1,4 +1,4 @@
-"""The verifier catches what is broken on purpose; a lock gives its plan back, or says why it cannot."""
+"""The verifier finds each kind of invalid plan; a lock returns its plan, or the reason why it cannot."""
 
 from __future__ import annotations
 
@@ -51,34 +51,34 @@ def test_a_plan_of_ours_is_valid(compilation):
     assert kinds(compilation, *compilation.plan.assignments) == set()
 
 
-def test_a_tensor_without_a_device(compilation):
+def test_verifier_finds_a_tensor_without_a_device(compilation):
     assert kinds(compilation, *compilation.plan.assignments[1:]) == {"uncovered-tensor"}
 
 
-def test_a_buffer_without_a_device(compilation):
+def test_verifier_finds_a_buffer_without_a_device(compilation):
     without = [each for each in compilation.plan.assignments if "rotary_emb" not in each.unit]
     assert kinds(compilation, *without) == {"uncovered-tensor"}
 
 
-def test_a_unit_within_another(compilation):
+def test_verifier_finds_a_unit_within_another(compilation):
     layer = next(each for each in compilation.plan.assignments if each.unit == "model.layers.0")
     inner = Assignment("model.layers.0.mlp", tuple(name for name in layer.tensors if ".mlp." in name), ON_CARD)
     assert kinds(compilation, *compilation.plan.assignments, inner) == {"overlapping-units"}
 
 
-def test_a_unit_that_the_model_does_not_have(compilation):
+def test_verifier_finds_a_unit_that_the_model_does_not_have(compilation):
     first, *others = compilation.plan.assignments
     assert kinds(compilation, replace(first, unit="model.nothing"), *others) == {"unknown-unit", "misread-map"}
 
 
-def test_a_device_that_is_not_listed(compilation):
+def test_verifier_finds_an_unlisted_device(compilation):
     first, *others = compilation.plan.assignments
     assert "unlisted-device" in kinds(
         compilation, replace(first, location=Location(Device("cuda", 5), Device("cuda", 5))), *others
     )
 
 
-def test_a_block_that_is_split(compilation):
+def test_verifier_finds_a_split_block(compilation):
     layer = next(each for each in compilation.plan.assignments if each.unit == "model.layers.0")
     others = [each for each in compilation.plan.assignments if each is not layer]
     parts = [
@@ -95,7 +95,7 @@ def test_a_block_that_is_split(compilation):
     assert kinds(compilation, *others, *parts) == {"split-block"}
 
 
-def test_a_tie_that_is_split(compilation):
+def test_verifier_finds_a_split_tie(compilation):
     moved = [
         replace(each, location=Location(CPU, CARD)) if each.unit == "lm_head" else each
         for each in compilation.plan.assignments
@@ -103,13 +103,13 @@ def test_a_tie_that_is_split(compilation):
     assert kinds(compilation, *moved) == {"split-tie"}
 
 
-def test_a_device_that_holds_too_much(compilation):
+def test_verifier_finds_a_device_over_capacity(compilation):
     capacities = {**compilation.inventory.capacities, OTHER_CARD: 1000}
     assert kinds(compilation, *compilation.plan.assignments, capacities=capacities) == {"over-capacity"}
 
 
-def test_a_map_that_transformers_would_read_otherwise():
-    """transformers joins the keys into an unescaped expression: the dot of `block.1` takes the `_` of `block_1x`."""
+def test_verifier_finds_a_map_that_transformers_misreads():
+    """transformers joins keys into an unescaped regular expression: the dot of `block.1` matches any character."""
 
     def linear(path):
         weight = Tensor(TensorName(f"{path}.weight"), (1,), "float32", 4, 4)
@@ -133,7 +133,7 @@ def lock_text(compilation):
 MADE_WITH = {"accelerate": "1", "torch": "2", "transformers": "5"}
 
 
-def test_a_lock_gives_its_plan_back(compilation):
+def test_a_lock_returns_its_plan(compilation):
     lock = read_lock(lock_text(compilation))
     again, drift = compile_locked(Path("profile.yaml"), lock)
     assert (again.plan, drift) == (compilation.plan, None)
@@ -142,7 +142,7 @@ def test_a_lock_gives_its_plan_back(compilation):
     assert changed_inputs(lock, compilation.inputs, {}) == ("the `--set` values: `a` is gone: it was 1",)
 
 
-def test_made_with_is_outside_of_the_digest(compilation):
+def test_made_with_is_not_part_of_the_digest(compilation):
     value = json.loads(lock_text(compilation))
     value["made_with"]["torch"] = "3"
     assert read_lock(json.dumps(value)).made_with == {**MADE_WITH, "torch": "3"}
@@ -158,17 +158,17 @@ def test_made_with_is_outside_of_the_digest(compilation):
         (lambda text: text.replace('  "plan": {', '<<<<<<< ours\n  "plan": {'), "merge conflict"),
     ],
 )
-def test_a_lock_that_is_damaged_or_newer(compilation, change, message):
+def test_a_damaged_or_newer_lock_is_an_error(compilation, change, message):
     with pytest.raises(LockError, match=message):
         read_lock(change(lock_text(compilation)))
 
 
 @pytest.mark.parametrize("name", ["x.yaml", "x.yml"])
-def test_the_lock_lies_beside_the_profile(name):
+def test_the_lock_is_beside_the_profile(name):
     assert lock_path(Path("a") / name) == Path("a/x.lock.json")
 
 
-def test_a_plan_that_computes_on_the_cpu_is_no_device_map(workspace):
+def test_a_plan_that_computes_on_the_cpu_has_no_device_map(workspace):
     Path("profile.yaml").write_text(
         PROFILE.replace('"model.layers.[4-]", device: cuda:1', "model.layers.4, compute: cpu")
     )

@@ -1,4 +1,4 @@
-"""`devmap probe`: NVML and torch are simulated at their boundary; the CPU, its control groups and the disk are real."""
+"""`devmap probe` describes a machine; NVML and torch are simulated, while CPU, control groups and disk are real."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ SLOW = card("d", name="NVIDIA GeForce RTX 3060", memory_bytes=12884901888, bus=0
 
 @pytest.fixture
 def machine(monkeypatch):
-    """A machine with these cards, NVIDIA's driver and a torch for the CPU; gives what torch was asked."""
+    """Set up a machine with these cards, NVIDIA's driver and a torch for the CPU; return the calls to torch."""
 
     def make(*cards, torch_sees=None, drivers=("cuda",), built=(), **more):
         asked = []
@@ -76,9 +76,7 @@ def machine(monkeypatch):
         ((A, B), {"CUDA_VISIBLE_DEVICES": "1"}, False),
     ],
 )
-def test_without_torch_cards_are_numbered_by_the_bus_and_a_warning_says_where_that_is_a_guess(
-    machine, cards, environment, is_certain
-):
+def test_without_torch_cards_are_numbered_by_bus_with_a_warning_if_uncertain(machine, cards, environment, is_certain):
     asked = machine(*cards)
     seen = probe_machine(environment, None)
     by_bus = sorted(cards, key=lambda each: each.bus)
@@ -90,8 +88,8 @@ def test_without_torch_cards_are_numbered_by_the_bus_and_a_warning_says_where_th
     assert machine.nvml.initialised == 0
 
 
-def test_where_torch_is_there_cards_are_as_it_numbers_them_with_the_memory_that_nvml_saw(machine, monkeypatch):
-    """The fastest first is CUDA's default; what it takes for fast is not documented."""
+def test_with_torch_cards_have_torchs_numbers_and_nvmls_memory(machine, monkeypatch):
+    """CUDA's default order is the fastest first; how it ranks them is undocumented."""
     held = card("a", bus=1, held_bytes=3 * GIB)
     original = torch_probe.torch_accelerators
     machine(SLOW, held, built=["cuda"], torch_sees=original)
@@ -104,20 +102,20 @@ def test_where_torch_is_there_cards_are_as_it_numbers_them_with_the_memory_that_
     assert seen.notes == ()
 
 
-def test_cards_that_the_environment_hides_from_torch_are_not_there(machine):
+def test_cards_hidden_by_the_environment_are_not_listed(machine):
     machine(A, built=["cuda"])
     assert probe_machine({"CUDA_VISIBLE_DEVICES": ""}, None).accelerators == ()
 
 
-def test_cards_that_torch_does_not_get_at_are_as_nvml_sees_them(machine):
-    """As under a driver that is too old for this torch."""
+def test_cards_that_torch_cannot_use_are_listed_from_nvml(machine):
+    """For example under a driver that is too old for this torch."""
     asked = machine(A, built=["cuda"])
     assert [each.uuid for each in probe_machine({}, None).accelerators] == [A.uuid]
     assert len(asked) == 1
 
 
 @pytest.mark.parametrize("is_old", [False, True], ids=["second version", "first version"])
-def test_memory_that_others_hold(machine, is_old):
+def test_memory_held_by_other_processes_is_reported(machine, is_old):
     machine(card("a", held_bytes=2 * GIB, driver_bytes=GIB // 2), is_old=is_old)
     [seen] = probe_machine({}, None).accelerators
     assert seen.memory_bytes == RTX_4090
@@ -126,7 +124,7 @@ def test_memory_that_others_hold(machine, is_old):
     assert not seen.has_context
 
 
-def test_a_context_of_this_process_is_told_apart(machine):
+def test_a_context_of_this_process_is_recognised(machine):
     machine(card("a", held_bytes=GIB, own_process=True))
     [seen] = probe_machine({}, None).accelerators
     assert seen.has_context
@@ -147,7 +145,7 @@ def mig(letter):
     return FakeCard("NVIDIA A100-SXM4-40GB MIG 1g.5gb", f"MIG-{letter * 8}", 0, 5 * GIB, knows_partitions=False)
 
 
-def test_a_slice_is_a_device_with_its_own_memory_and_not_the_card_of_the_catalogue(machine):
+def test_a_mig_slice_is_a_device_with_its_own_memory(machine):
     machine(a100(None, mig("x"), None))
     seen = probe_machine({}, None)
     [part] = seen.accelerators
@@ -158,31 +156,31 @@ def test_a_slice_is_a_device_with_its_own_memory_and_not_the_card_of_the_catalog
     assert seen.notes == ()
 
 
-def test_of_several_slices_cuda_may_show_only_one(machine):
+def test_several_mig_slices_give_a_warning(machine):
     machine(a100(mig("x"), mig("y")))
     seen = probe_machine({}, None)
     assert [each.uuid for each in seen.accelerators] == ["MIG-xxxxxxxx", "MIG-yyyyyyyy"]
     assert [each.code for each in seen.notes] == ["guessed-order"]
 
 
-def test_a_partitioned_card_without_slices_is_of_no_use(machine):
+def test_a_mig_card_without_slices_is_not_listed(machine):
     machine(a100(), B)
     assert [each.uuid for each in probe_machine({}, None).accelerators] == [B.uuid]
 
 
-def test_a_card_that_shares_the_hosts_memory_is_the_one_of_the_catalogue(machine):
+def test_a_card_that_shares_the_hosts_memory_is_recognised(machine):
     machine(card("a", name="NVIDIA GB10", has_own_memory=False))
     seen = probe_machine({}, None)
     assert hardware_block(seen)["devices"]["cuda:0"] == "dgx-spark-gb10"
 
 
-def test_nvml_that_fails_leaves_it_to_torch(machine):
+def test_torch_is_asked_if_nvml_fails(machine):
     asked = machine(card("a", is_lost=True), built=["cuda"])
     assert probe_machine({}, None).accelerators == ()
     assert len(asked) == 1
 
 
-def test_a_driver_that_nothing_can_ask_is_a_warning(machine, monkeypatch):
+def test_a_driver_without_a_library_to_ask_is_a_warning(machine, monkeypatch):
     asked = machine(has_driver=False)
     monkeypatch.setitem(sys.modules, "pynvml", None)  # not installed
     seen = probe_machine({}, None)
@@ -190,7 +188,7 @@ def test_a_driver_that_nothing_can_ask_is_a_warning(machine, monkeypatch):
     assert asked == []
 
 
-def test_the_simulated_library_has_the_names_of_the_real_one(monkeypatch):
+def test_fake_nvml_has_the_names_of_the_real_library(monkeypatch):
     simulated = FakeNvml().module()
     monkeypatch.delitem(sys.modules, "pynvml", raising=False)
     real = pytest.importorskip("pynvml")
@@ -204,21 +202,21 @@ def test_the_simulated_library_has_the_names_of_the_real_one(monkeypatch):
         assert read_cards() == ()
 
 
-def test_a_laptop_is_described_without_asking_torch(machine):
+def test_a_machine_without_accelerators_is_described_without_torch(machine):
     asked = machine(has_driver=False, drivers=("xpu",))
     seen = probe_machine({}, None)
     assert (seen.accelerators, seen.notes, asked) == ((), (), [])
 
 
 @pytest.mark.parametrize("kind", ["hip", "xpu", "npu", "mps"])
-def test_torch_is_asked_for_what_is_there_and_it_is_built_for(machine, kind):
+def test_torch_is_asked_if_it_is_built_for_a_present_driver(machine, kind):
     asked = machine(drivers=("cuda", kind), built=[kind])
     probe_machine({}, None)
     assert asked == [()]
 
 
 def fake_torch_backend(monkeypatch, kind, cards, **more):
-    """`torch.<kind>` with these cards, as torch numbers them."""
+    """Replace `torch.<kind>` by one with these cards, in torch's order."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     functions = {
         "is_available": lambda: True,
@@ -245,7 +243,7 @@ def fake_torch_backend(monkeypatch, kind, cards, **more):
         ("npu", "Ascend910B2", 64 * GIB, {"memory": "65536MiB"}),
     ],
 )
-def test_torch_alone(monkeypatch, kind, name, memory_bytes, expected):
+def test_torch_alone_describes_accelerators(monkeypatch, kind, name, memory_bytes, expected):
     fake_torch_backend(monkeypatch, kind, [card("a", name=name, memory_bytes=memory_bytes, held_bytes=GIB)])
     [seen] = torch_probe.torch_accelerators()
     assert (str(seen.id), seen.held_bytes, seen.has_context) == (f"{kind}:0", GIB, True)
@@ -253,7 +251,7 @@ def test_torch_alone(monkeypatch, kind, name, memory_bytes, expected):
     assert hardware_block(machine)["devices"][f"{kind}:0"] == expected
 
 
-def test_a_backend_that_cannot_say_what_is_free(monkeypatch):
+def test_a_backend_that_does_not_report_free_memory(monkeypatch):
     def refuse(index):
         raise RuntimeError("The device does not support querying the available free memory")
 
@@ -262,7 +260,7 @@ def test_a_backend_that_cannot_say_what_is_free(monkeypatch):
     assert (seen.memory_bytes, seen.free_bytes, seen.held_bytes, seen.has_context) == (RTX_4090, None, None, False)
 
 
-def test_apple(monkeypatch):
+def test_apples_gpu_is_described(monkeypatch):
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     monkeypatch.setattr(torch.mps, "recommended_max_memory", lambda: 96 * 10**9)
     monkeypatch.setattr(torch_probe, "_processor_name", lambda: "Apple M4 Max")
@@ -286,7 +284,7 @@ def test_apple(monkeypatch):
         ("NVIDIA GB10", None, "cuda", "dgx-spark-gb10"),
     ],
 )
-def test_recognition_by_name_and_memory(name, memory_bytes, kind, expected):
+def test_accelerators_are_recognised_by_name_and_memory(name, memory_bytes, kind, expected):
     assert recognised(name, memory_bytes, kind) == expected
 
 
@@ -309,7 +307,7 @@ def test_torch_build_is_read_without_importing_it():
     assert done.stdout == f"{expected} False\n"
 
 
-def test_torch_build_for_xpu(tmp_path, monkeypatch):
+def test_torch_build_for_xpu_is_recognised(tmp_path, monkeypatch):
     (tmp_path / "torch").mkdir()
     (tmp_path / "torch" / "__init__.py").write_text("raise SystemExit('imported')")
     (tmp_path / "torch" / "version.py").write_text(
@@ -337,7 +335,7 @@ def test_torch_build_for_xpu(tmp_path, monkeypatch):
         ("dev/null", set()),
     ],
 )
-def test_driver_files(tmp_path, file, expected):
+def test_drivers_are_found_by_their_files(tmp_path, file, expected):
     (tmp_path / file).parent.mkdir(parents=True)
     (tmp_path / file).touch()
     assert kinds_with_a_driver(tmp_path) == expected
@@ -357,7 +355,7 @@ MOUNT_2 = "30 23 0:26 / /sys/fs/cgroup rw,nosuid shared:4 - cgroup2 cgroup2 rw,n
 MOUNT_1 = "35 31 0:32 {group} /sys/fs/cgroup/memory rw,relatime - cgroup cgroup rw,memory\n"
 
 
-def test_the_second_version_counts_every_group_around_and_not_what_is_cached(tmp_path):
+def test_cgroups_v2_count_every_enclosing_group_without_cached_files(tmp_path):
     found = groups(
         tmp_path,
         "0::/user.slice/job\n",
@@ -383,7 +381,7 @@ def test_the_second_version_counts_every_group_around_and_not_what_is_cached(tmp
         ("4:cpuset,memory:/job\n", "/"),
     ],
 )
-def test_the_first_version_is_found_below_what_is_mounted(tmp_path, cgroup, mounted):
+def test_cgroups_v1_are_found_below_the_mount(tmp_path, cgroup, mounted):
     found = groups(
         tmp_path,
         cgroup,
@@ -399,34 +397,34 @@ def test_the_first_version_is_found_below_what_is_mounted(tmp_path, cgroup, moun
 
 
 @pytest.mark.parametrize("path", ["/../../elsewhere", "/docker/abc"])
-def test_a_group_out_of_sight_is_the_top_of_what_is_seen(tmp_path, path):
+def test_a_cgroup_outside_the_mount_is_taken_as_the_mounts_root(tmp_path, path):
     files = {"sys/fs/cgroup/memory/memory.limit_in_bytes": f"{GIB}\n"}
     found = groups(tmp_path, f"4:memory:{path}\n", MOUNT_1.format(group="/other"), files)
     assert found == (GroupMemory(GIB, 0),)
 
 
-def test_no_control_groups(tmp_path):
+def test_a_machine_without_control_groups_has_no_limits(tmp_path):
     assert limiting_groups(tmp_path) == ()
 
 
-def test_this_host():
+def test_this_hosts_memory_and_threads_are_read():
     host = seen_host()
     assert 0 < host.available_bytes <= host.memory_bytes <= psutil.virtual_memory().total
     assert host.threads == len(os.sched_getaffinity(0))
 
 
-def test_a_limit_around_this_host_counts(monkeypatch):
+def test_a_control_groups_limit_lowers_the_hosts_memory(monkeypatch):
     monkeypatch.setattr(host_module, "limiting_groups", lambda: (GroupMemory(GIB, GIB // 4), GroupMemory(2 * GIB, 0)))
     host = seen_host()
     assert (host.memory_bytes, host.available_bytes, host.is_limited) == (GIB, GIB - GIB // 4, True)
 
 
-def test_the_disk_of_a_folder_that_is_yet_to_be_made(tmp_path):
+def test_the_disk_of_a_missing_folder_is_that_of_its_parent(tmp_path):
     disk = seen_disk(tmp_path / "not" / "yet")
     assert 0 < disk.free_bytes <= disk.memory_bytes
 
 
-def test_the_block_can_be_extended_and_pasted(machine, workspace):
+def test_the_printed_hardware_block_can_be_extended_and_pasted(machine, workspace):
     machine(card("a", held_bytes=GIB), card("b", bus=2, memory_bytes=24 * 10**9))
     done = CliRunner().invoke(probe_command, [], standalone_mode=False)
     assert done.return_value == 0
@@ -443,7 +441,7 @@ def test_the_block_can_be_extended_and_pasted(machine, workspace):
     assert devices == [str(use.id) for use in compile_profile("pasted.yaml").devices] == list(block)
 
 
-def test_json_has_the_block_and_what_was_seen(machine, tmp_path):
+def test_json_has_the_hardware_block_and_the_findings(machine, tmp_path):
     machine(A, SLOW)
     done = CliRunner().invoke(probe_command, ["--format", "json", "--disk", str(tmp_path)], standalone_mode=False)
     value = json.loads(done.stdout)
@@ -456,7 +454,7 @@ def test_json_has_the_block_and_what_was_seen(machine, tmp_path):
     )
 
 
-def test_a_device_of_which_nothing_is_known_is_named_in_a_comment(machine):
+def test_an_unknown_device_is_named_in_a_comment(machine):
     machine(card("a", name="NVIDIA Orin", has_own_memory=False))
     done = CliRunner().invoke(probe_command, [], standalone_mode=False)
     assert "cuda:0" not in yaml.safe_load(done.stdout)["hardware"]["devices"]
@@ -473,14 +471,14 @@ def test_a_device_of_which_nothing_is_known_is_named_in_a_comment(machine):
         (9_999, "0.01MB/s"),
     ],
 )
-def test_rates_are_written_as_they_are_read(rate, text):
+def test_printed_rates_parse_to_the_same_value(rate, text):
     from devmap_config.profile.quantities import parse_bandwidth
 
     assert profile_rate(rate) == text
     assert parse_bandwidth(text) == pytest.approx(rate, rel=0.01)
 
 
-def test_the_command_imports_no_torch_where_there_is_no_accelerator():
+def test_probe_imports_no_torch_without_an_accelerator():
     if kinds_with_a_driver() & kinds_torch_is_built_for():
         pytest.skip("there may be one")
     code = (

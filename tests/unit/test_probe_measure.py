@@ -1,4 +1,4 @@
-"""`devmap probe --measure`: memory and disk are really read; cards are measured in `on_simulated_accelerator.py`."""
+"""`devmap probe --measure` measures memory and disk for real; `on_simulated_accelerator.py` measures cards."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ SMALL = {"MEMORY_BUFFER_BYTES": 8 * MEBIBYTE, "DISK_FILE_BYTES": 16 * MEBIBYTE}
 
 
 class Clock:
-    """Time that passes by a second whenever it is asked for."""
+    """A clock that advances by a second whenever it is read."""
 
     def __init__(self, step=1.0):
         self.now, self.step = 0.0, step
@@ -54,18 +54,18 @@ class Clock:
 
 
 def devices(step=1.0, working=1000.0):
-    """Devices on such a clock, while so many threads of this process are at work."""
+    """Return devices on such a clock, while this number of threads of the process is running."""
     clock = Clock(step)
     return Devices(clock, lambda: working * clock.now)
 
 
-def test_memory_is_read():
+def test_memory_bandwidth_is_measured():
     rate = memory_bandwidth(2**40, 2, buffer_bytes=8 * MEBIBYTE, clock=Clock())
     assert (rate.per_second, rate.method) == (8 * MEBIBYTE, "2 threads read 8 MiB")
     assert memory_bandwidth(2**40, 2, buffer_bytes=8 * MEBIBYTE).per_second > 10 * MEBIBYTE
 
 
-def test_there_are_as_many_passes_as_the_time_allows_and_one_at_least():
+def test_passes_are_repeated_while_time_allows_at_least_once():
     assert passes(lambda: None, Clock(10.0), limit_seconds=3.0) == [10.0]
     assert passes(lambda: None, Clock(0.25), limit_seconds=3.0) == [0.25] * 4  # of three readings of the clock
 
@@ -77,32 +77,32 @@ def test_many_measurements_share_the_time():
         assert len(eight_cards._seconds(lambda: None, CPU)) == count
 
 
-def test_a_rate_is_that_of_the_median_pass():
+def test_a_rate_is_the_median_of_its_passes():
     rate = Rate.of(600, [1.0, 6.0, 2.0], "said")
     assert rate == Rate(300, "said", least=100, most=600, passes=3)
 
 
-def test_an_accelerator_is_waited_for_after_each_pass(monkeypatch):
+def test_each_pass_waits_for_the_accelerator(monkeypatch):
     done = []
     monkeypatch.setattr(torch, "xpu", SimpleNamespace(synchronize=lambda index: done.append(f"waited for {index}")))
     devices()._seconds(lambda: done.append("given"), CPU, Device("xpu", 1))
     assert done == ["given", "waited for 1"] * 2
 
 
-def test_memory_that_is_not_free_is_not_taken():
+def test_measuring_takes_only_free_memory():
     assert memory_bandwidth(16 * MEBIBYTE, 1, clock=Clock()).method == "1 threads read 2 MiB"
     with pytest.raises(NotMeasuredError, match="too little memory"):
         memory_bandwidth(MEBIBYTE, 1)
 
 
-def test_the_disk_is_read_and_left_as_it_was(tmp_path):
+def test_measuring_a_disk_leaves_no_files(tmp_path):
     rate = disk_bandwidth(tmp_path, 2**40, file_bytes=16 * MEBIBYTE)
     assert rate.per_second > 0
     assert rate.method.startswith("16 MiB read ")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_is_written_and_read_is_bounded_by_time_and_by_what_is_free(tmp_path):
+def test_measuring_a_disk_is_bounded_by_time_and_free_space(tmp_path):
     slow = disk_bandwidth(tmp_path, 2**40, file_bytes=2**40, clock=Clock())
     assert slow.method.startswith("8 MiB read ")  # three seconds, of one for each block
     little = disk_bandwidth(tmp_path, 64 * MEBIBYTE, clock=Clock())
@@ -112,7 +112,7 @@ def test_what_is_written_and_read_is_bounded_by_time_and_by_what_is_free(tmp_pat
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="how a cache is avoided is the system's")
-def test_the_cache_is_avoided_by_what_the_file_system_lets(tmp_path, monkeypatch):
+def test_measuring_a_disk_avoids_the_cache_as_the_file_system_allows(tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(os, "posix_fadvise", lambda *arguments: asked.append(arguments[1:]))
     open_file = os.open
@@ -137,7 +137,7 @@ def test_the_cache_is_avoided_by_what_the_file_system_lets(tmp_path, monkeypatch
     assert plain.method == "8 MiB read with the file system's cache, which could not be avoided"
 
 
-def test_a_folder_that_cannot_be_written_to(tmp_path):
+def test_a_disk_that_cannot_be_written_to_is_not_measured(tmp_path):
     with pytest.raises(NotMeasuredError, match="No such file or directory"):
         disk_bandwidth(tmp_path / "nowhere", 2**40)
 
@@ -152,7 +152,7 @@ def test_layers_grow_until_they_take_long_enough(monkeypatch):
 
 
 @pytest.mark.parametrize(("dtype", "itemsize"), [("bfloat16", 2), ("float32", 4)])
-def test_layers_read_their_weights_for_a_token_and_compute_besides_for_a_prompt(small, dtype, itemsize):
+def test_bandwidth_is_measured_by_a_token_and_flops_by_a_prompt(small, dtype, itemsize):
     layers_bytes = itemsize * (64**2 + 128**2)
     bandwidth, flops, *_ = devices().layers(dtype, 4 * SHARE_OF_FREE * layers_bytes)
     assert bandwidth.per_second == 4 * layers_bytes  # in a second of this clock
@@ -162,7 +162,7 @@ def test_layers_read_their_weights_for_a_token_and_compute_besides_for_a_prompt(
         devices().layers(dtype, layers_bytes)
 
 
-def test_of_narrow_layers_products_are_told_beside_what_reading_and_computing_take(small, monkeypatch):
+def test_narrow_layers_give_the_time_of_starting_a_product(small, monkeypatch):
     monkeypatch.setattr(torch_rates, "NARROW_TOKENS", 2)
     there_is = devices()
     bandwidth, flops, one_token, prompt = there_is.layers("bfloat16", 2**30)
@@ -178,13 +178,13 @@ def test_of_narrow_layers_products_are_told_beside_what_reading_and_computing_ta
     assert experts.per_second == int(64 * 2 * 3 * 64 * 32 / max(1 - besides_seconds, 0.5))
 
 
-def test_nothing_is_told_of_narrow_layers_that_are_as_fast_as_wide_ones(small, monkeypatch):
+def test_narrow_layers_as_fast_as_wide_ones_give_no_rate(small, monkeypatch):
     monkeypatch.setattr(torch_rates, "NARROW_BYTES", 2**20)  # as much is read as of wide ones, in the same second
     assert devices().layers("bfloat16", 2**30)[2:] == (None, None)
 
 
 @pytest.mark.parametrize(("dtype", "expected"), [("bfloat16", [4, 4, 4, 4]), ("float32", [1, 4, 1, 4])])
-def test_of_several_threads_one_multiplies_a_token_in_float32(small, monkeypatch, dtype, expected):
+def test_one_thread_multiplies_a_token_in_float32(small, monkeypatch, dtype, expected):
     at_work = []
 
     def seconds(self, action, *devices, threads):
@@ -197,7 +197,7 @@ def test_of_several_threads_one_multiplies_a_token_in_float32(small, monkeypatch
     assert at_work == expected
 
 
-def test_attention_is_of_a_query_after_a_long_context_and_of_a_prompt(small):
+def test_attention_is_measured_for_one_query_and_for_a_prompt(small):
     one, prompt = (devices().attention(2**30, is_prefill=is_prefill) for is_prefill in (False, True))
     width = torch_rates.HEADS * torch_rates.HEAD_WIDTH
     assert one.per_second == torch_rates.LAYERS_WITH_A_CACHE * 4 * 128 * width
@@ -206,7 +206,7 @@ def test_attention_is_of_a_query_after_a_long_context_and_of_a_prompt(small):
         devices().attention(2**10, is_prefill=False)
 
 
-def test_each_token_reads_experts_of_its_own(small, monkeypatch):
+def test_experts_are_measured_with_different_ones_per_token(small, monkeypatch):
     chosen, grouped_mm = [], torch.nn.functional.grouped_mm
 
     def seen(rows, weights, offs):
@@ -250,7 +250,7 @@ def test_nothing_is_measured_on_the_cpu_beside_other_work(small, measure, monkey
         measure(devices(working=0.5))
 
 
-def test_nothing_is_said_of_a_machine_that_is_busy(small, monkeypatch):
+def test_no_rates_are_given_on_a_busy_machine(small, monkeypatch):
     monkeypatch.setattr(torch_rates, "QUIET", 1.5)  # of one thread, more than there is
     done = CliRunner().invoke(probe_command, ["--measure"], standalone_mode=False)
     assert done.return_value == 5
@@ -260,7 +260,7 @@ def test_nothing_is_said_of_a_machine_that_is_busy(small, monkeypatch):
     assert done.stdout == ""
 
 
-def test_the_host_is_as_fast_as_it_asks_for_the_operations_of_a_model_with_next_to_nothing_to_compute(small):
+def test_the_hosts_rate_is_measured_by_a_tiny_models_operations(small):
     rate = devices().dispatches(CPU)
     count = int(rate.method.split()[0])
     assert rate.method == f"{count} operations of a Llama with {torch_rates.NARROW['num_hidden_layers']} narrow layers"
@@ -271,7 +271,7 @@ def test_the_host_is_as_fast_as_it_asks_for_the_operations_of_a_model_with_next_
 PAIRS = {"0-cuda:1": 50, "0-cuda:2": 10, "1-cuda:2": 11}
 
 
-def test_pairs_with_a_bridge_have_a_line_of_their_own():
+def test_pairs_of_cards_with_a_bridge_are_listed():
     pairs = {("links", f"cuda:{pair}"): Rate.of(rate, [1], "") for pair, rate in PAIRS.items()}
     assert {route[1]: rate.per_second for route, rate in peer_links(pairs).items()} == {"peer": 10, "cuda:0-cuda:1": 50}
 
@@ -280,7 +280,7 @@ CARDS = tuple(SeenAccelerator(id=Device("cuda", index), name="", memory_bytes=2*
 
 
 class Buffer:
-    """Memory of a device; what is copied to it is noted."""
+    """Memory of a device that records copies to it."""
 
     def __init__(self, noted, size_bytes, device):
         self.noted, self.size_bytes, self.device, self.is_pinned = noted, size_bytes, device, False
@@ -294,7 +294,7 @@ class Buffer:
         self.noted.append(f"to {self.device}")
 
 
-def test_copies_to_all_cards_are_under_way_before_any_is_waited_for(monkeypatch):
+def test_copies_to_all_cards_run_at_once(monkeypatch):
     noted, timed = [], devices()
     monkeypatch.setattr(timed, "_buffer", lambda size_bytes, device: Buffer(noted, size_bytes, device))
     monkeypatch.setattr(timed, "_wait", lambda device: noted.append(f"wait for {device}"))
@@ -305,8 +305,8 @@ def test_copies_to_all_cards_are_under_way_before_any_is_waited_for(monkeypatch)
 
 
 @pytest.mark.parametrize(("at_once", "is_told"), [(30, False), (31, True)])
-def test_copies_to_all_cards_are_told_where_they_bring_more_than_one_link(monkeypatch, at_once, is_told):
-    """Cards that share a switch share a link."""
+def test_the_joint_rate_is_given_if_it_exceeds_one_link(monkeypatch, at_once, is_told):
+    """Cards behind one switch share a link."""
     monkeypatch.setattr(Devices, "from_host", lambda *_, **__: Rate.of(25, [1], ""))
     monkeypatch.setattr(Devices, "from_host_at_once", lambda *_: Rate.of(at_once, [1], ""))
     host = SeenHost(memory_bytes=2**40, available_bytes=2**40, threads=2)
@@ -317,7 +317,7 @@ def test_copies_to_all_cards_are_told_where_they_bring_more_than_one_link(monkey
 
 @pytest.fixture
 def small(monkeypatch):
-    """Little is measured: defaults are bound where the functions are made."""
+    """Keep measurements small: defaults are bound when the functions are defined."""
     monkeypatch.setitem(memory_bandwidth.__kwdefaults__, "buffer_bytes", SMALL["MEMORY_BUFFER_BYTES"])
     monkeypatch.setitem(disk_bandwidth.__kwdefaults__, "file_bytes", SMALL["DISK_FILE_BYTES"])
     sizes = {"LARGEST_MATRIX": 256, "LAYER_WIDTHS": (64, 128), "LAYER_TOKENS": 16, "EXPERT_WIDTHS": (64, 32)}
@@ -329,7 +329,7 @@ def small(monkeypatch):
         monkeypatch.setattr(torch_rates, name, 0)  # other tests run beside this one
 
 
-def test_the_block_has_what_was_measured_and_plans_are_predicted_by_it(small, workspace):
+def test_the_hardware_block_has_measured_rates_that_plans_use(small, workspace):
     done = CliRunner().invoke(probe_command, ["--measure"], standalone_mode=False)
     assert done.return_value == 0
     hardware = yaml.safe_load(done.stdout)["hardware"]
@@ -382,7 +382,7 @@ def test_a_profile_has_every_rate_that_was_measured(tmp_path):
     assert inventory.dispatch_nanoseconds == 1
 
 
-def test_what_cannot_be_measured_is_a_warning_and_the_rest_is_printed(small, monkeypatch):
+def test_a_failed_measurement_is_a_warning(small, monkeypatch):
     def refuse(*arguments, **more):
         raise OSError(30, "Read-only file system")
 
@@ -396,7 +396,7 @@ def test_what_cannot_be_measured_is_a_warning_and_the_rest_is_printed(small, mon
     assert "bandwidth" not in value["hardware"]["devices"]["disk"]
 
 
-def test_a_terminal_sees_the_progress_on_stderr_and_a_pipe_does_not(tmp_path):
+def test_progress_is_shown_on_a_terminal_only(tmp_path):
     code = (
         "from devmap_config.probe import measuring, torch_rates\n"
         "from devmap_config.probe.rates import Rate\n"
@@ -421,6 +421,6 @@ def test_a_terminal_sees_the_progress_on_stderr_and_a_pipe_does_not(tmp_path):
     assert shown.stdout.splitlines()[:2] == piped.stdout.splitlines()[:2] == ["hardware:", "  devices:"]
 
 
-def test_against_and_measure_are_two_questions():
+def test_against_and_measure_exclude_each_other():
     done = CliRunner().invoke(probe_command, ["--against", "x.lock.json", "--measure"])
     assert done.exit_code == 2

@@ -1,4 +1,4 @@
-"""What a process is said to hold: its own memory, pages of files, and the most of both, by how weights are loaded."""
+"""The predicted memory of a process: its own, pages of files, and the peak, by how weights are loaded."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def compiled(source, devices=ON_CPU, *, model="", workload=CONTEXT, placement="s
 
 
 def held(*arguments, **options):
-    """What of a plan's process is beyond the libraries, and what the plan says of the CPU."""
+    """Return the predicted bytes of a plan's process beyond the libraries, and the plan's use of the CPU."""
     found = compiled(*arguments, **options)
     memory = found.process_memory
     use = next(each for each in found.plan.devices if each.id == CPU)
@@ -58,7 +58,7 @@ def test_weights_as_they_are_stored_are_pages_of_the_file():
     assert memory.peak_bytes == memory.anonymous_bytes + memory.file_bytes + LIBRARY_FILE_BYTES
 
 
-def test_weights_that_are_cast_are_its_own_and_their_file_is_mapped_while_loading():
+def test_cast_weights_are_process_memory_and_their_file_is_mapped_while_loading():
     own_bytes, file_bytes, memory, weights_bytes = held("llama", model=", dtype: float32")
     assert (own_bytes, file_bytes) == (weights_bytes, 0)
     is_loading = PROCESS_ANONYMOUS_BYTES + LIBRARY_FILE_BYTES + weights_bytes * 3 // 2
@@ -66,7 +66,7 @@ def test_weights_that_are_cast_are_its_own_and_their_file_is_mapped_while_loadin
     assert memory.peak_bytes == pytest.approx(max(is_loading, running_bytes), abs=2_000)
 
 
-def test_experts_are_merged_in_memory_and_their_parts_stay_mapped_beside_other_weights():
+def test_merged_experts_are_process_memory_and_their_parts_stay_mapped():
     own_bytes, file_bytes, _, weights_bytes = held("mixture")
     found = compiled("mixture")
     merged_bytes = sum(found.graph.tensors[name].size_bytes for name in found.graph.merged)
@@ -88,7 +88,7 @@ def test_a_token_touches_a_page_of_an_embedding():
     assert file_bytes == weights_bytes  # the head reads all of it
 
 
-def test_what_stays_in_memory_beside_a_disk_is_copied_there():
+def test_weights_in_memory_beside_a_disk_are_copied():
     half = "strategy: sequential, offload: {folder: ./offload}, pins: [{match: 'model.layers.[1-]', device: disk}]"
     own_bytes, file_bytes, _, weights_bytes = held("llama", f"{ON_CPU}, disk: {{memory: 1GiB}}", placement=half)
     assert (own_bytes, file_bytes) == (weights_bytes, 0)
@@ -97,12 +97,12 @@ def test_what_stays_in_memory_beside_a_disk_is_copied_there():
 @pytest.mark.parametrize(
     ("devices", "workload"), [(f"cuda:0: {{memory: 1GiB}}, {ON_CPU}", CONTEXT), (ON_CPU, "{}")], ids=["card", "none"]
 )
-def test_nothing_is_said_beside_a_card_or_without_a_workload(devices, workload):
+def test_no_process_memory_is_predicted_beside_a_card_or_without_a_workload(devices, workload):
     found = compiled("llama", devices, workload=workload)
     assert found.process_memory is None
 
 
-def test_the_plan_and_its_json_say_it(capsys):
+def test_process_memory_is_in_the_plan_and_its_json(capsys):
     memory = held("llama")[2]
     assert compile_command.main(["profile.yaml"], standalone_mode=False) == 0
     assert "the process holds 29" in capsys.readouterr().out
@@ -117,8 +117,8 @@ def test_the_plan_and_its_json_say_it(capsys):
     }
 
 
-def test_a_process_that_is_larger_than_the_cpus_memory_is_told_though_its_tensors_fit(capsys):
-    """As a budget the CPU's memory may be meant so; where it is all that there is, a reserve makes the plan fit."""
+def test_a_process_larger_than_the_cpus_memory_is_reported(capsys):
+    """The CPU's memory can be meant as a budget; if it is all that exists, a reserve makes the plan fit."""
     memory = held("llama", "cpu: {memory: 40MiB}")[2]
     assert memory.missing_bytes == memory.anonymous_bytes + memory.file_bytes + LIBRARY_FILE_BYTES - 40 * 2**20
     assert memory.uncounted_bytes > PROCESS_ANONYMOUS_BYTES + LIBRARY_FILE_BYTES
@@ -138,7 +138,7 @@ def test_a_process_that_is_larger_than_the_cpus_memory_is_told_though_its_tensor
     assert "of the CPU's memory" not in said  # the card has room for all
 
 
-def test_a_process_is_seen_to_hold_what_it_takes_meanwhile():
+def test_the_peak_of_a_process_is_sampled():
     taken = (
         "from devmap_config.runner import usage\n"
         "with usage.process_watched() as before:\n    pass\n"

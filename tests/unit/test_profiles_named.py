@@ -1,4 +1,4 @@
-"""Which files of a folder `check` takes for profiles: what has a profile's key, and nothing that is something else."""
+"""`check` of a folder takes files with a profile's keys for profiles, and no others."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ GOOD = "version: 1\nmodel: {source: llama}\nhardware: {devices: {cpu: {memory: 1
 
 
 def found(tmp_path, **files):
-    """The names of the files that are taken for profiles."""
+    """Return the names of the files that are taken for profiles."""
     for name, text in files.items():
         Path(tmp_path, f"{name}.yaml").write_text(text, encoding="utf-8")
     return [path.stem for path in profiles_named([tmp_path])]
@@ -55,7 +55,7 @@ def found(tmp_path, **files):
         "model: {source: \x00}\n",
     ],
 )
-def test_what_has_a_key_of_a_profile_is_one(tmp_path, text):
+def test_a_file_with_a_profiles_key_is_a_profile(tmp_path, text):
     assert found(tmp_path, x=text) == ["x"]
 
 
@@ -83,11 +83,11 @@ def test_what_has_a_key_of_a_profile_is_one(tmp_path, text):
         "description: x\ntargets: [a]\nprompts: [b]\nproviders: [c]\n",
     ],
 )
-def test_what_is_something_else_is_none(tmp_path, text):
+def test_other_yaml_files_are_not_profiles(tmp_path, text):
     assert found(tmp_path, x=text) == []
 
 
-def test_what_others_extend_is_none_and_what_extends_hardware_alone_is_hardware(tmp_path):
+def test_base_files_and_hardware_files_are_not_profiles(tmp_path):
     files = {
         "base": "version: 1\nmodel: {source: llama}\n",
         "box": "hardware: {devices: {cpu: {memory: 1GiB}}}\n",
@@ -100,7 +100,7 @@ def test_what_others_extend_is_none_and_what_extends_hardware_alone_is_hardware(
     assert found(tmp_path) == ["other", "profile"]
 
 
-def test_what_extends_itself_is_not_overlooked(tmp_path):
+def test_a_file_that_extends_itself_is_a_profile(tmp_path):
     files = {
         "a": "extends: b.yaml\nmodel: {source: x}\n",
         "b": "extends: a.yaml\n",
@@ -109,7 +109,7 @@ def test_what_extends_itself_is_not_overlooked(tmp_path):
     assert found(tmp_path, **files) == ["a", "b", "c"]
 
 
-def test_a_lock_makes_a_profile_of_what_is_beside_it_whatever_became_of_that(tmp_path):
+def test_a_file_with_a_lock_is_a_profile_even_if_broken_or_missing(tmp_path):
     for name in ("broken", "gone"):
         Path(tmp_path, f"{name}.lock.json").write_text("{}")
     Path(tmp_path, "gone.yaml").symlink_to("nowhere.yaml")
@@ -118,7 +118,7 @@ def test_a_lock_makes_a_profile_of_what_is_beside_it_whatever_became_of_that(tmp
 
 @pytest.mark.parametrize("is_locked", [False, True])
 @pytest.mark.parametrize("bad", BAD)
-def test_what_is_bad_is_passed_over_unless_it_has_a_lock(tmp_path, monkeypatch, bad, is_locked):
+def test_an_unreadable_file_is_ignored_unless_it_has_a_lock(tmp_path, monkeypatch, bad, is_locked):
     (tmp_path / "profiles").mkdir()
     monkeypatch.chdir(tmp_path / "profiles")
     Path("bad.yaml").write_text("- a list\n")

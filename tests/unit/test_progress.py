@@ -1,4 +1,4 @@
-"""What a command is doing is shown on a terminal, and nowhere else."""
+"""Progress of commands is shown on a terminal only."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ COMPILE = [sys.executable, "-c", "from devmap_config.cli import main; main()", "
 
 @pytest.fixture
 def fresh(workspace, monkeypatch):
-    """A profile, and nothing in the cache."""
+    """A profile, and an empty cache."""
     (workspace / "p.yaml").write_text(PROFILE)
     monkeypatch.setenv("XDG_CACHE_HOME", str(workspace / "cache"))
 
 
 def on_terminal(command):
-    """What a command prints on stderr, where that is a terminal."""
+    """Return what a command prints on stderr if that is a terminal."""
     ours, theirs = pty.openpty()
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=theirs) as running:
         os.close(theirs)
@@ -58,7 +58,7 @@ def test_stages_are_shown_on_a_terminal(fresh):
 
 
 @pytest.mark.parametrize(("options", "is_told"), [([], True), (["--format", "json"], True), (["-q"], False)])
-def test_a_long_stage_is_told_once_elsewhere(options, is_told, fresh, monkeypatch):
+def test_a_long_stage_is_announced_once_without_a_terminal(options, is_told, fresh, monkeypatch):
     monkeypatch.setattr(progress_module, "SECONDS_WITHOUT_A_WORD", 0.01)
     done = CliRunner().invoke(devmap, ["compile", "p.yaml", "--dry-run", *options], standalone_mode=False)
     assert done.stderr.count(": this may take a minute\n") == is_told
@@ -66,19 +66,19 @@ def test_a_long_stage_is_told_once_elsewhere(options, is_told, fresh, monkeypatc
     assert is_told == ("LlamaForCausalLM" in done.stderr or "reading llama" in done.stderr)
 
 
-def test_a_long_step_is_told_once_elsewhere(fresh, monkeypatch):
+def test_a_long_step_is_announced_once_without_a_terminal(fresh, monkeypatch):
     monkeypatch.setattr(progress_module, "SECONDS_WITHOUT_A_WORD", 0.01)
     done = CliRunner().invoke(devmap, ["fit", "p.yaml", "--on", "rtx-4090,l4"], standalone_mode=False)
     assert done.stderr == "rtx-4090 (1 of 2): this may take a minute\n"
 
 
-def test_nothing_is_shown_elsewhere(fresh, monkeypatch):
+def test_no_progress_is_shown_without_a_terminal(fresh, monkeypatch):
     monkeypatch.setenv("FORCE_COLOR", "1")
     done = run_command("devmap", "compile", "p.yaml")
     assert (done.returncode, done.stderr) == (0, "wrote p.lock.json\n")
 
 
-def test_tracebacks_are_for_those_who_ask(fresh, workspace, monkeypatch):
+def test_tracebacks_are_shown_with_verbose_only(fresh, workspace, monkeypatch):
     (workspace / "p.yaml").write_text(PROFILE.replace("llama", "unmeasurable"))
 
     def printed(*more):
@@ -94,7 +94,7 @@ def test_tracebacks_are_for_those_who_ask(fresh, workspace, monkeypatch):
     assert "measuring ViTModel at 32 tokens" in verbose
 
 
-def test_what_is_logged_tells_the_stage(caplog):
+def test_log_records_have_the_stage(caplog):
     from devmap_config import stages
 
     with caplog.at_level(logging.INFO, logger=LOGGER.name):

@@ -1,4 +1,4 @@
-"""What a profile says of how fast a device is, and what it makes of the predicted times."""
+"""Rates that a profile states for a device change the predicted times."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ RATES = "bandwidth: 1GB/s, flops: 280GFLOP/s"
 
 @pytest.fixture
 def compiled(workspace):
-    """Gives what a small mixture of experts is compiled to, on a CPU that is described so."""
+    """Return the compilation of a small mixture of experts on a CPU with this description."""
 
     def make(rates, dtype="bfloat16"):
         Path("profile.yaml").write_text(
@@ -42,7 +42,7 @@ def total(compilation, figure, paths=("",)):
     return sum(getattr(cost, figure) for cost in costs if cost.path.endswith(tuple(paths)))
 
 
-def test_attention_in_half_precision_takes_what_the_profile_says(compiled):
+def test_attention_in_half_precision_uses_its_stated_rate(compiled):
     usual = compiled(RATES)
     as_usual = compiled(f"{RATES}, attention: {{decode: 2GFLOP/s, prefill: 56GFLOP/s}}")
     assert (FLOPS // CPU_DECODE_ATTENTION, FLOPS // CPU_PREFILL_ATTENTION) == (2 * SECOND, 56 * SECOND)
@@ -55,14 +55,14 @@ def test_attention_in_half_precision_takes_what_the_profile_says(compiled):
     assert times(compiled(f"{RATES}, attention: {{decode: 1GFLOP/s}}", "float32")) == in_float32
 
 
-def test_a_token_waits_for_its_experts_as_long_as_the_profile_says(compiled):
+def test_experts_of_a_token_use_their_stated_rate(compiled):
     usual, slower = compiled(RATES), compiled(f"{RATES}, experts: 500MB/s")
     decode, prefill = (after - before for before, after in zip(times(usual), times(slower), strict=True))
     assert decode == pytest.approx(total(usual, "decode_touched_bytes", [".experts"]), abs=100)
     assert prefill == 0
 
 
-def test_each_product_takes_a_while_to_begin_and_of_experts_those_of_a_token_alone(compiled):
+def test_starting_each_product_takes_its_stated_time(compiled):
     usual = compiled(RATES)
     slower = compiled(f"{RATES}, products: {{decode: 1000/s, prefill: 500/s}}")
     decode, prefill = (after - before for before, after in zip(times(usual), times(slower), strict=True))
@@ -81,7 +81,7 @@ def test_each_product_takes_a_while_to_begin_and_of_experts_those_of_a_token_alo
     assert times(compiled(in_float32, "float32"))[0] > len(multiplying) * SECOND
 
 
-def test_a_device_has_rates_of_its_own_for_a_dtype(compiled):
+def test_a_device_can_have_rates_by_dtype(compiled):
     described = f"{RATES}, experts: 500MB/s, dtypes: {{float32: {{bandwidth: 2GB/s, flops: 70GFLOP/s}}}}"
     in_float32 = compiled(described, "float32")
     assert times(in_float32) == times(compiled("bandwidth: 2GB/s, flops: 70GFLOP/s", "float32"))
@@ -93,14 +93,14 @@ def test_a_device_has_rates_of_its_own_for_a_dtype(compiled):
     assert in_bfloat16.inputs.hardware == usual.inputs.hardware  # no other dtype's rates make its lock stale
 
 
-def test_no_lock_speaks_of_rates_that_the_profile_does_not_give(compiled):
+def test_locks_omit_rates_that_the_profile_does_not_state(compiled):
     unsaid, said = (
         compiled(RATES + more).inputs.values["hardware"] for more in ("", ", attention: {decode: 1GFLOP/s}")
     )
     assert set(said) - set(unsaid) == {"cpu.decode_attention_per_second"}
 
 
-def test_rates_are_written_as_they_are_read(tmp_path):
+def test_written_rates_parse_to_the_same_value(tmp_path):
     device = (
         "{memory: 1GiB, attention: {decode: 2GFLOP/s}, experts: 12GB/s, products: {decode: 17000/s measured},"
         " dtypes: {float16: {flops: 30GFLOP/s}, float32: {bandwidth: 25GB/s, products: {prefill: 9000/s}}}}"

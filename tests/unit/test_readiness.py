@@ -1,4 +1,4 @@
-"""Whether a machine can carry a locked plan: every reason why not, before anything is loaded."""
+"""`probe --against` reports every reason why a machine cannot run a locked plan, before anything is loaded."""
 
 from __future__ import annotations
 
@@ -73,12 +73,12 @@ def codes(lock, seen, **more):
     return [(each.severity, each.code) for each in differences(lock, seen, **more)]
 
 
-def test_a_machine_with_enough_of_everything(lock):
+def test_a_machine_with_enough_of_everything_fits(lock):
     assert differences(lock, MACHINE) == ()
     assert kind_needed(lock) == "cuda"
 
 
-def test_what_is_wanted_of_each_device_and_of_no_other(lock):
+def test_the_demands_of_a_lock_by_device(lock):
     wanted = {str(each.device): each for each in demands(lock, MACHINE)}
     assert list(wanted) == ["cuda:0", "cuda:1", "cpu", "disk"]
     weights = {use["id"]: use["weights_bytes"] for use in lock.plan["devices"]}
@@ -87,13 +87,13 @@ def test_what_is_wanted_of_each_device_and_of_no_other(lock):
     assert wanted["cuda:1"].context_bytes == 0
 
 
-def test_missing_devices_are_one_finding(lock):
+def test_missing_devices_are_reported_together(lock):
     [finding] = differences(lock, replace(MACHINE, accelerators=()))
     assert finding.code == "device-missing"
     assert finding.message == "the plan uses cuda:0, cuda:1, and the number of cuda devices of this machine is 0"
 
 
-def test_another_kind_of_accelerator(lock):
+def test_another_kind_of_accelerator_is_an_error(lock):
     other = SeenAccelerator(id=Device("xpu", 0), name="Arc", memory_bytes=GIB)
     [finding] = differences(lock, replace(MACHINE, accelerators=(other,)))
     assert (finding.severity, finding.code) == ("error", "other-accelerators")
@@ -112,7 +112,7 @@ def needed(lock, device):
 
 
 @pytest.mark.parametrize("device", [0, 1])
-def test_memory_to_the_byte(lock, device):
+def test_memory_of_accelerators_is_compared_to_the_byte(lock, device):
     enough = needed(lock, f"cuda:{device}")
     assert codes(lock, with_card(device, memory_bytes=enough, free_bytes=enough)) == []
     assert codes(lock, with_card(device, memory_bytes=enough - 1, free_bytes=enough - 1)) == [
@@ -121,17 +121,17 @@ def test_memory_to_the_byte(lock, device):
     assert codes(lock, with_card(device, free_bytes=enough - 1)) == [("error", "memory-held")]
 
 
-def test_a_context_that_is_there_already_is_not_counted_twice(lock):
+def test_an_existing_context_is_not_counted_twice(lock):
     free_bytes = needed(lock, "cuda:0") - lock.hardware["cuda:0"]["overhead_bytes"]
     assert codes(lock, with_card(0, free_bytes=free_bytes)) == [("error", "memory-held")]
     assert codes(lock, with_card(0, free_bytes=free_bytes, has_context=True)) == []
 
 
-def test_memory_that_is_not_known_is_not_compared(lock):
+def test_unknown_memory_is_not_compared(lock):
     assert codes(lock, with_card(0, memory_bytes=None, free_bytes=None)) == []
 
 
-def test_memory_of_the_cpu_to_the_byte(lock):
+def test_memory_of_the_cpu_is_compared_to_the_byte(lock):
     enough = needed(lock, "cpu")
 
     def host(memory_bytes, available_bytes):
@@ -142,7 +142,7 @@ def test_memory_of_the_cpu_to_the_byte(lock):
     assert codes(lock, host(8 * GIB, enough - 1)) == [("error", "memory-held")]
 
 
-def test_room_on_the_disk_to_the_byte(lock):
+def test_free_disk_is_compared_to_the_byte(lock):
     enough = needed(lock, "disk")
 
     def disk(free_bytes):
@@ -153,7 +153,7 @@ def test_room_on_the_disk_to_the_byte(lock):
     assert codes(lock, disk(enough - 1), disk_may_be_read_in_place=True) == [("warning", "too-little-disk")]
 
 
-def test_everything_at_once(lock):
+def test_all_reasons_are_reported_at_once(lock):
     seen = replace(
         with_card(0, free_bytes=0),
         host=SeenHost(memory_bytes=1, available_bytes=1, threads=1),
@@ -162,13 +162,13 @@ def test_everything_at_once(lock):
     assert [code for _, code in codes(lock, seen)] == ["memory-held", "too-little-memory", "too-little-disk"]
 
 
-def test_a_lock_of_before_is_compared_without_contexts(lock):
+def test_an_older_lock_is_compared_without_contexts(lock):
     older = replace(lock, hardware={})  # locks had none at first
     assert {each.context_bytes for each in demands(older, MACHINE)} == {0}
     assert codes(older, with_card(0, accelerator="rtx-3090")) == []
 
 
-def test_what_a_lock_says_of_accelerators_survives_and_is_of_the_catalogue_and_the_profile(lock):
+def test_a_lock_keeps_the_accelerators_of_profile_and_catalogue(lock):
     assert read_lock(lock.to_text()) == lock
     assert list(lock.hardware) == ["cuda:0", "cuda:1", "cuda:2"]
     assert lock.hardware["cuda:0"]["accelerator"] == "rtx-4090"
@@ -180,7 +180,7 @@ def run(monkeypatch, seen, *arguments):
     return CliRunner().invoke(probe_command, ["--against", *arguments], standalone_mode=False)
 
 
-def test_the_command_says_that_it_fits(lock, monkeypatch):
+def test_probe_against_reports_that_the_machine_fits(lock, monkeypatch):
     done = run(monkeypatch, MACHINE, "profile.lock.json")
     assert done.return_value == 0
     assert done.stdout.splitlines()[0] == "cuda:0 (card 0): 1.3 GiB needed, 24.0 GiB there, 23.0 GiB free now"
@@ -188,7 +188,7 @@ def test_the_command_says_that_it_fits(lock, monkeypatch):
     assert run(monkeypatch, MACHINE, "profile.yaml").stdout == done.stdout  # which names its lock
 
 
-def test_the_command_exits_with_4_and_points_at_the_lock(lock, monkeypatch):
+def test_probe_against_exits_with_4_and_names_the_lock(lock, monkeypatch):
     done = run(monkeypatch, replace(MACHINE, accelerators=()), "profile.lock.json", "--format", "json")
     value = json.loads(done.stdout)
     assert (done.return_value, value["fits"]) == (4, False)
@@ -201,13 +201,13 @@ def test_the_command_exits_with_4_and_points_at_the_lock(lock, monkeypatch):
     }
 
 
-def test_a_warning_is_no_reason(lock, monkeypatch):
+def test_a_warning_does_not_change_the_exit_code(lock, monkeypatch):
     done = run(monkeypatch, with_card(0, accelerator="rtx-3090"), "profile.lock.json")
     assert done.return_value == 0
     assert "warning[another-card]" in done.stderr
 
 
-def test_a_lock_that_is_not_there_or_damaged(lock, monkeypatch):
+def test_probe_against_a_missing_or_damaged_lock_is_an_error(lock, monkeypatch):
     missing = run(monkeypatch, MACHINE, "nothing.lock.json", "--format", "json")
     assert (missing.return_value, json.loads(missing.stdout)["diagnostics"][0]["code"]) == (2, "missing-file")
     Path("profile.lock.json").write_text(lock.to_text().replace("cuda:1", "cuda:2", 1))

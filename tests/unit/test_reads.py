@@ -1,4 +1,4 @@
-"""What a module's code reads off modules within it without calling them, by its source."""
+"""Tensors that a module's code reads from inner modules without calling them are found in its source."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Parent(nn.Module):
         return self.unused.weight
 
 
-def test_what_is_read_is_found_and_neither_what_is_called_nor_what_only_describes():
+def test_tensors_read_without_a_call_are_found():
     whole = nn.Sequential(Parent())
     assert sorted(read_without_a_call(whole)) == [
         ("0", "0.helped.norm.running_mean"),
@@ -40,7 +40,7 @@ def test_what_is_read_is_found_and_neither_what_is_called_nor_what_only_describe
 
 
 class Codebook(nn.Module):
-    """Is never called: its methods are."""
+    """A module that is never called, but whose methods are."""
 
     def __init__(self):
         super().__init__()
@@ -80,7 +80,7 @@ class Whole(nn.Module):
         return self.quantizer.encode(given)
 
 
-def test_what_a_method_reads_of_a_module_that_is_not_called_is_found():
+def test_tensors_read_by_methods_of_uncalled_modules_are_found():
     assert list(read_without_a_call(Quantizer())) == [("", "codebook.codes")]
     assert sorted(read_without_a_call(Whole())) == [
         ("", "quantizer.codebook.codes"),
@@ -89,7 +89,7 @@ def test_what_a_method_reads_of_a_module_that_is_not_called_is_found():
 
 
 class Averaged(nn.Module):
-    """Has its codes by a property."""
+    """A module that computes its codes in a property."""
 
     def __init__(self):
         super().__init__()
@@ -122,7 +122,7 @@ class Residual(nn.Module):
         return given
 
 
-def test_what_items_of_lists_read_by_methods_and_properties_is_found():
+def test_tensors_read_by_items_of_module_lists_are_found():
     assert sorted(name for _, name in read_without_a_call(Residual())) == [
         "layers.0.total",
         "layers.1.total",

@@ -1,4 +1,4 @@
-"""Receipts of runs on real cards: what the package says of them, and that plans held there; and how they are shown."""
+"""The shipped receipts of real cards are shown as they are, and their plans held."""
 
 import json
 from pathlib import Path
@@ -35,7 +35,7 @@ def test_the_page_shows_every_receipt_as_it_is():
     assert table in (REPOSITORY / "docs" / "real-cards.md").read_text(encoding="utf-8")
 
 
-def test_what_did_not_run_is_told_as_well():
+def test_failed_runs_are_listed_too():
     assert len(list(FOLDER.glob("*.json"))) == 5
     assert [case["case"] for _, case in CASES if "failed" in case] == ["4bit-limited-1"]
 
@@ -50,14 +50,14 @@ def test_plans_held_on_real_cards(receipt, case):
 
 
 @pytest.mark.parametrize("receipt", read_receipts(), ids=lambda receipt: receipt["command"])
-def test_logits_are_those_of_the_whole_model(receipt):
+def test_logits_in_receipts_are_those_of_the_whole_model(receipt):
     for case in receipt["cases"]:
         if "failed" not in case and not case["case"].startswith("4bit"):
             assert case["logits_difference"] < (0.025 if case["compute"] else 1e-6) or case["by"].startswith("trans")
 
 
 @pytest.mark.parametrize("columns", [60, 80, 120])
-def test_figures_stand_beside_each_other_however_narrow_the_terminal(monkeypatch, columns):
+def test_predicted_and_measured_values_fit_a_narrow_terminal(monkeypatch, columns):
     monkeypatch.setenv("COLUMNS", str(columns))
     lines = run().stdout.splitlines()
     assert max(map(len, lines)) <= columns
@@ -68,7 +68,7 @@ def test_figures_stand_beside_each_other_however_narrow_the_terminal(monkeypatch
 
 
 @pytest.mark.parametrize("columns", [60, 120])
-def test_a_case_on_several_devices_says_which_each_row_is_of(monkeypatch, tmp_path, columns):
+def test_rows_of_a_case_on_several_devices_name_the_device(monkeypatch, tmp_path, columns):
     monkeypatch.setenv("COLUMNS", str(columns))
     receipt = json.loads((FOLDER / "llama-3.1-8b.json").read_text(encoding="utf-8"))
     case = receipt["cases"][0]
@@ -80,13 +80,13 @@ def test_a_case_on_several_devices_says_which_each_row_is_of(monkeypatch, tmp_pa
     assert ["whole-1", "cpu"] in rows
 
 
-def test_of_transformers_own_map_nothing_was_predicted():
+def test_runs_of_transformers_own_map_have_no_predictions():
     [auto] = [case for case in cases_of(FOLDER / "llama-3.1-8b.json") if case.name == "auto-1"]
     assert {figure.predicted for figure in auto.figures} == {None}
     assert next(figure.seen for figure in auto.figures if figure.name == "token") == 1.752
 
 
-def test_the_cpus_memory_is_told_without_what_the_process_held_before(tmp_path):
+def test_cpu_memory_excludes_what_the_process_held_before(tmp_path):
     receipt = json.loads((FOLDER / "qwen3-30b-a3b.json").read_text())
     [case] = [case for case in receipt["cases"] if case["case"] == "whole-1"]
     case["predicted"]["devices"][0]["id"] = "cpu"
@@ -104,7 +104,7 @@ def test_the_cpus_memory_is_told_without_what_the_process_held_before(tmp_path):
     ("text", "message"),
     [(None, "does not exist"), ("{", "is not JSON at line 1"), ("{}", "is not a receipt"), ("[1]", "is not a receipt")],
 )
-def test_a_file_that_is_no_receipt_is_told(tmp_path, text, message):
+def test_a_file_that_is_no_receipt_is_an_error(tmp_path, text, message):
     path = tmp_path / "x.json"
     if text is not None:
         path.write_text(text)

@@ -1,4 +1,4 @@
-"""What a config says of code that comes with its model, whatever stands there."""
+"""The code files that a config names are found, whatever the config contains."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from devmap_config.graph.remote_code import class_reference, code_files, hub_ker
         ({"auto_map": "nodot"}, ("nodot.py",)),
     ],
 )
-def test_the_files_that_would_run(config, files):
+def test_the_code_files_of_a_config_are_found(config, files):
     assert code_files(config) == files
 
 
@@ -35,7 +35,7 @@ def test_a_class_is_found_by_an_auto_class_or_its_own_name():
     assert class_reference({"auto_map": ["a.Base"]}, "Base") is None
 
 
-def test_attention_of_the_hub_is_code_too():
+def test_attention_from_the_hub_counts_as_code():
     assert hub_kernel({"attn_implementation": "owner/kernel"}) == "owner/kernel"
     assert hub_kernel({"text_config": {"_attn_implementation": "owner/kernel@main:f"}}) == "owner/kernel@main:f"
     assert hub_kernel({"attn_implementation": "flash_attention_2", "text_config": {"attn_implementation": 5}}) is None

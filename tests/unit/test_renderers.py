@@ -1,4 +1,4 @@
-"""Findings as a terminal shows them, byte for byte, and as other programs read them."""
+"""Findings are rendered for terminals, byte for byte, and for other programs."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def compilation(workspace):
     return run_pipeline(Request(path=Path("profile.yaml")))
 
 
-def test_the_terminal_shows_all_of_them_with_their_lines(compilation):
+def test_the_terminal_shows_all_findings_with_their_lines(compilation):
     assert rendered(compilation.diagnostics, compilation.texts) == EXPECTED
 
 
@@ -99,20 +99,20 @@ def finding(line, column, end_column, **options):
     return Diagnostic(code="wrong-type", severity="error", message="this is wrong", span=span, **options)
 
 
-def test_wide_characters_are_marked_where_they_stand():
+def test_marks_are_aligned_below_wide_characters():
     lines = rendered([finding(1, 10, 12, label="here")], {"p.yaml": "name: 模型 模型"}).splitlines()
     assert lines[3] == "1 | name: 模型 模型"
     assert lines[4] == "  |            ^^^^ here"
 
 
-def test_a_tab_is_as_wide_as_it_is_shown():
+def test_marks_are_aligned_after_tabs():
     lines = rendered([finding(1, 2, 3)], {"p.yaml": "\tx: 1"}).splitlines()
     assert lines[3] == "1 |     x: 1"
     assert lines[4] == "  |     ^"
 
 
 @pytest.mark.parametrize("width", [40, 60, 80])
-def test_a_long_line_is_cut_around_what_is_marked(width):
+def test_a_long_line_is_cut_around_the_mark(width):
     text = "a" * 300 + ": WRONG " + "b" * 300
     lines = rendered([finding(1, 303, 308, label="not this")], {"p.yaml": text}, width).splitlines()
     assert all(len(line) <= width for line in lines)
@@ -127,7 +127,7 @@ def test_a_label_without_room_goes_below():
     assert "a label that says" in lines[5]
 
 
-def test_a_finding_without_a_place():
+def test_a_finding_without_a_place_is_shown():
     bare = Diagnostic(code="missing-file", severity="error", message="`x` does not exist", help="name a profile")
     assert rendered([bare], {}) == "error[missing-file]: `x` does not exist\n  = help: name a profile\n\n"
 
@@ -138,7 +138,7 @@ def test_escapes_of_a_strangers_profile_do_not_reach_the_terminal():
     assert "\x1b" not in text
 
 
-def test_sarif_is_what_its_models_read(compilation):
+def test_sarif_is_valid(compilation):
     value = diagnostics_to_sarif(compilation.diagnostics, "0.1.0")
     log = Sarif.model_validate(value)
     assert [result.rule_id for result in log.runs[0].results] == [each.code for each in compilation.diagnostics]
@@ -159,7 +159,7 @@ def test_github_annotations_escape_what_would_end_them():
     ]
 
 
-def test_people_are_shown_a_first_hundred_and_what_stops_the_command_first(capsys):
+def test_the_terminal_shows_a_hundred_findings_errors_first(capsys):
     warnings = [Diagnostic.warning("ignored-key", f"warning {number}") for number in range(150)]
     report_on_terminal([*warnings, Diagnostic.error("unknown-key", "an error")], {})
     lines = capsys.readouterr().err.splitlines()
@@ -168,7 +168,7 @@ def test_people_are_shown_a_first_hundred_and_what_stops_the_command_first(capsy
     assert lines[-2:] == ["and 51 more findings, which `--format json` shows", "1 error and 150 warnings"]
 
 
-def test_the_same_finding_is_recorded_once_among_many():
+def test_equal_findings_are_recorded_once():
     sink = Sink()
     for number in [*range(5000), *range(5000)]:
         sink.warning("ignored-key", f"warning {number}")

@@ -1,4 +1,4 @@
-"""The page and the picture of a plan: what they say is what `--format json` says, and names are text in them."""
+"""The report page and picture of a plan state what `--format json` states, and names in them stay text."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def told(*arguments):
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """A folder with a profile, its page and its picture, and the object that they were made of."""
+    """A folder with a profile, its page and picture, and the object from which they were made."""
     folder = tmp_path_factory.mktemp("report")
     with pytest.MonkeyPatch.context() as patch:
         write_models(folder)
@@ -56,7 +56,7 @@ def data(made):
 
 
 class Page(HTMLParser):
-    """The elements of a page, and the text of each row of its tables."""
+    """A parser that collects the elements of a page, and the text of each table row."""
 
     def __init__(self, text):
         super().__init__()
@@ -82,7 +82,7 @@ class Page(HTMLParser):
             self.rows[-1][-1] += data.strip()
 
 
-def test_what_it_is_made_of_is_what_other_commands_print(folder, data):
+def test_the_report_is_made_from_what_other_commands_print(folder, data):
     [report] = data["reports"]
     assert report["plan"] == told("compile", "plan.yaml", "--dry-run")["plan"] == data["plan"]
     explained = told("explain", "plan.yaml")
@@ -95,7 +95,7 @@ def test_what_it_is_made_of_is_what_other_commands_print(folder, data):
     assert report["runs"][0]["alternatives"] == whole["alternatives"]
 
 
-def test_weights_of_runs_are_those_of_their_devices(data):
+def test_weights_of_runs_add_up_to_those_of_their_devices(data):
     [report] = data["reports"]
     held = dict.fromkeys((use["id"] for use in report["plan"]["devices"]), 0)
     for run_ in report["runs"]:
@@ -104,7 +104,7 @@ def test_weights_of_runs_are_those_of_their_devices(data):
     assert {run_["mode"] for run_ in report["runs"]} == {"resident", "streamed", "computed-on-cpu"}
 
 
-def test_the_page_says_each_figure_as_it_is(folder, data):
+def test_the_page_states_the_exact_values(folder, data):
     [report] = data["reports"]
     text = Path("plan.html").read_text(encoding="utf-8")
     rows = Page(text).rows
@@ -120,7 +120,7 @@ def test_the_page_says_each_figure_as_it_is(folder, data):
         assert f"<strong>{format_duration(prediction[figure])}</strong>" in text
 
 
-def test_parts_of_a_bar_are_to_scale(data):
+def test_parts_of_bars_are_to_scale(data):
     [report] = data["reports"]
     picture = picture_of(report)
     for bar, use in zip(picture.bars, report["plan"]["devices"], strict=True):
@@ -132,7 +132,7 @@ def test_parts_of_a_bar_are_to_scale(data):
         assert bar.parts[-1].start + bar.parts[-1].share == pytest.approx(100, abs=0.3)
 
 
-def test_the_page_needs_nothing_else_and_its_script_is_the_only_one_that_may_run(folder):
+def test_the_page_is_self_contained_and_allows_only_its_own_script(folder):
     text = Path("plan.html").read_text(encoding="utf-8")
     page = Page(text)
     named = [value for name, value in page.attributes if name in ("src", "href", "action", "data", "xlink:href")]
@@ -155,7 +155,7 @@ def test_the_same_plan_gives_the_same_bytes(folder, data):
 
 
 def hostile(value):
-    """The same with names that are to be taken for something else."""
+    """The same with names that look like markup or commands."""
     if isinstance(value, dict):
         return {
             key: hostile(each) if key not in NAMES else [HOSTILE] if isinstance(each, list) else HOSTILE
@@ -167,7 +167,7 @@ def hostile(value):
 NAMES = {"profile", "patterns", "first", "explanation", "why", "accelerator", "block", "full_device", "lock", "message"}
 
 
-def test_names_are_text_and_nothing_else(data):
+def test_hostile_names_stay_text(data):
     [report] = data["reports"]
     finding = dict.fromkeys(("file", "message", "help", "code", "severity"), HOSTILE) | {"line": 1}
     case = {
@@ -205,7 +205,7 @@ def test_names_are_text_and_nothing_else(data):
     assert "<script" not in picture
 
 
-def test_two_profiles_and_receipts_have_parts_of_their_own(folder):
+def test_two_profiles_and_receipts_have_their_own_sections(folder):
     Path("other.yaml").write_text(PROFILE.replace("1: 320KiB", "1: 280KiB"))
     case = {
         "case": "a-run",
@@ -232,7 +232,7 @@ def test_two_profiles_and_receipts_have_parts_of_their_own(folder):
     assert (token[2], token[3], token[-1]) == ("250 ms", "500 ms", "–")
 
 
-def test_of_a_plan_of_the_cpu_the_process_is_compared_with_what_it_was_to_hold(folder):
+def test_process_memory_of_a_cpu_plan_is_compared_with_the_prediction(folder):
     receipt = REPOSITORY / "receipts" / "dense-0.4b-bfloat16-torchao.json"
     told("report", "plan.yaml", "-o", "page.html", "--receipt", str(receipt))
     rows = {
@@ -256,14 +256,14 @@ def diff(*sides):
         (("plan.yaml", "-o", "none/plan.html"), "does not exist"),
     ],
 )
-def test_a_page_is_written_over_no_profile(folder, arguments, said):
+def test_a_page_does_not_overwrite_a_profile(folder, arguments, said):
     done = CliRunner().invoke(devmap, ["report", *arguments])
     assert done.exit_code != 0
     assert said in done.output
     assert Path("plan.yaml").read_text() == PROFILE
 
 
-def test_a_page_says_for_which_workload_a_plan_is(data):
+def test_the_page_states_the_workload(data):
     [report] = data["reports"]
     assert "For 1 sequence of 64 tokens." in page_of([report], version="1")
     workload = {"batch_size": 2, "context_length": 9_000, "prompt_length": 1_000}
@@ -272,7 +272,7 @@ def test_a_page_says_for_which_workload_a_plan_is(data):
     assert said in page_of([{**report, "workload": workload}], version="1")
 
 
-def test_links_from_a_device_that_carry_the_same_are_one_row(data):
+def test_equal_links_from_a_device_are_one_row(data):
     [report] = data["reports"]
     link = {"phase": "decode", "source": "cuda:1", "transfers": 1, "size_bytes": 2**20, "weights_bytes": 0}
     links = [{**link, "target": target} for target in ("cuda:0", "cuda:2", "cuda:3", "cpu")]
@@ -283,7 +283,7 @@ def test_links_from_a_device_that_carry_the_same_are_one_row(data):
     assert ["cpu", "cuda:0", "–", "1.0 MiB in 1 copy"] in rows
 
 
-def test_what_stages_send_is_drawn_and_stages_have_the_numbers_that_the_story_gives_them(data):
+def test_stages_are_drawn_with_their_numbers_and_transfers(data):
     [report] = data["reports"]
     stage = {"first_layer": 0, "last_layer": 2, "decode_nanoseconds": 5, "prefill_nanoseconds": 9, "blocks": 7}
     stages = [{**stage, "devices": ["cuda:0", "cuda:1"]}, {**stage, "devices": ["cpu"]}]
@@ -296,7 +296,7 @@ def test_what_stages_send_is_drawn_and_stages_have_the_numbers_that_the_story_gi
     assert [row[:2] for row in rows if row[2:3] == ["0–2"]] == [["0", "cuda:[0-1]"], ["1", "cpu"]]
 
 
-def test_shares_of_a_group_are_one_row_and_so_are_devices_that_hold_as_much(data):
+def test_equal_devices_and_shares_of_a_group_are_one_row(data):
     [report] = data["reports"]
     run_ = {**report["runs"][0], "mode": "tensor-parallel", "alternatives": []}
     runs = [{**run_, "device": f"cuda:{index}"} for index in range(2)]
@@ -339,7 +339,7 @@ def test_a_large_group_is_drawn_as_one_device_of_many(data):
         assert [bar.name for bar in bars] == [use["id"].removeprefix("left/") for use in drawn]
 
 
-def test_other_places_are_those_of_the_whole_block(data):
+def test_alternatives_are_those_of_the_whole_block(data):
     [report] = data["reports"]
     text = page_of([report], version="1")
     part = next(run_ for run_ in report["runs"] if run_["mode"] == "computed-on-cpu")

@@ -1,4 +1,4 @@
-"""What running takes on each device, and how long a context there is room for."""
+"""The memory of running by device, and the longest context that fits."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ def running(*costs, streaming_bytes=0):
     )
 
 
-def test_what_is_retained_stays_beside_the_largest_peak_as_often_as_there_is_one():
+def test_retained_bytes_are_added_to_the_largest_peak():
     cost = running(ModuleCost(path="x", cache_bytes=3, retained_bytes=5), streaming_bytes=7).costs()[CPU]
     assert (cost.kv_cache_bytes, cost.activation_bytes, cost.streaming_bytes, cost.total_bytes) == (6, 10, 7, 23)
 
 
 @pytest.mark.parametrize(("room_bytes", "tokens"), [(10, LENGTH), (9, 0)])
-def test_what_is_copied_in_fits_where_there_is_just_the_room(room_bytes, tokens):
+def test_streaming_buffers_count_to_the_byte_for_the_longest_context(room_bytes, tokens):
     assert longest_context(running(streaming_bytes=10), {CPU: room_bytes}) == tokens

@@ -1,4 +1,4 @@
-"""The committed schemas: current, valid, true of every profile and lock here, and of the cases as far as they reach."""
+"""The committed schemas are current and accept every profile, lock and case, as far as a schema can express it."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def fields(schema, route=()):
         yield from fields(alternative, route)
 
 
-def test_every_field_says_what_it_means_and_all_but_sections_show_an_example():
+def test_every_field_has_a_description_and_an_example():
     schema = profile_schema()
     found = [pair for holder in (schema, *schema["definitions"].values()) for pair in fields(holder)]
     assert [route for route, field in found if not field.get("description")] == []
@@ -115,14 +115,14 @@ COMPLETE = {"version": 1, "model": {"source": "x"}, "hardware": {"devices": {"cp
 
 
 def keyed_by_text(value):
-    """YAML's mappings as JSON's: keys are text."""
+    """Return YAML's mappings as JSON's, with text as keys."""
     if isinstance(value, dict):
         return {str(key): keyed_by_text(each) for key, each in value.items()}
     return [keyed_by_text(each) for each in value] if isinstance(value, list) else value
 
 
 class Yaml12Loader(yaml.SafeLoader):
-    """Reads scalars as editors with YAML 1.2 do."""
+    """A loader that reads scalars as editors with YAML 1.2 do."""
 
 
 Yaml12Loader.yaml_implicit_resolvers = {
@@ -133,6 +133,6 @@ Yaml12Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"[-+]?[0
 Yaml12Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"true|false$"), list("tf"))
 
 
-def test_attentions_are_those_of_transformers():
+def test_attention_names_are_those_of_transformers():
     known = {name for name in ALL_ATTENTION_FUNCTIONS.valid_keys() if "|" not in name}
     assert set(ATTENTIONS) == known | {"eager"}

@@ -1,4 +1,4 @@
-"""docs/security.md says the bounds that the code has, and names tests that are there."""
+"""docs/security.md states the limits that the code has, and names existing tests."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ROWS = re.findall(r"^\| [^|]+ \| ([^|]*\d[^|]*) \| (`[^|]+`) \|$", PAGE, re.MULT
 
 
 def constants(names):
-    """The values that a row names; a name that begins with a dot is of the module before."""
+    """Return the values that a row names; a name that begins with a dot is of the previous module."""
     module = ""
     for name in re.findall("`([^`]+)`", names):
         before, _, constant = name.rpartition(".")
@@ -25,17 +25,17 @@ def constants(names):
 
 
 @pytest.mark.parametrize(("bound", "names"), ROWS)
-def test_a_bound_is_what_the_code_has(bound, names):
+def test_stated_limits_are_those_of_the_code(bound, names):
     assert {int(number.replace(",", "")) for number in re.findall(r"\d[\d,]*", bound)} == set(constants(names))
 
 
-def test_every_kind_of_file_that_a_stranger_may_bring_has_a_row():
+def test_every_kind_of_file_from_strangers_has_a_row():
     kinds = {name for name, value in vars(import_module("devmap_config.files")).items() if isinstance(value, Kind)}
     assert kinds - {"PACKAGED", "KERNEL"} == set(re.findall(r"`files\.([A-Z_]+)`", PAGE)) - {"MAX_VALUES"}
     assert len(ROWS) == 20
 
 
-def test_each_promise_names_tests_that_are_there():
+def test_each_promise_names_existing_tests():
     named = re.findall(r"tests/[\w/.]+\.py", PAGE)
     assert len(named) >= 8
     assert [name for name in named if not (REPOSITORY / name).is_file()] == []

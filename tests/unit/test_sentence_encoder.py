@@ -1,4 +1,4 @@
-"""One vector is made of those of a text's tokens, as sentence-transformers makes it."""
+"""A text's tokens are pooled into one vector as sentence-transformers does it."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ def vector(*modes, **more):
 
 
 @pytest.mark.parametrize("mode", POOLED)
-def test_padding_has_no_part_in_a_pooling(mode):
+def test_padding_is_not_pooled(mode):
     assert vector(mode) == pytest.approx(POOLED[mode].tolist())
 
 
-def test_poolings_are_joined_and_then_scaled_to_a_length_of_one():
+def test_poolings_are_concatenated_and_normalized():
     joined = torch.cat([POOLED["max"], POOLED["mean"]])
     assert vector("max", "mean", normalizes=True) == pytest.approx((joined / joined.norm()).tolist())
 
 
-def test_what_stands_before_every_text_is_put_there():
+def test_the_prompt_prefix_is_added():
     encoder = SentenceEncoder(modes=("mean",), prompt="Query: ", lowers_case=True)
     assert encoder.prepared("Where IS it?") == "Query: where is it?"
 
@@ -49,7 +49,7 @@ MODULES = [{"type": "a.Transformer", "path": ""}, {"type": "b.Pooling", "path": 
 
 
 def encoder_of(folder, modules=MODULES, pooling=None, **files):
-    """What is made of a checkpoint's files, and the codes of what was reported."""
+    """Return the encoder of a checkpoint's files, and the codes of the findings."""
     (folder / "pool").mkdir(exist_ok=True)
     files = {"modules": modules, "pool/config": pooling or {}, **files}
     for name, value in files.items():
@@ -59,7 +59,7 @@ def encoder_of(folder, modules=MODULES, pooling=None, **files):
     return found, [each.code for each in sink]
 
 
-def test_the_files_of_a_checkpoint_say_how(tmp_path):
+def test_the_checkpoints_files_choose_the_pooling(tmp_path):
     whole = {"prompts": {"query": "Find: "}, "default_prompt_name": "query"}
     text = {"max_seq_length": 7, "do_lower_case": True}
     found = encoder_of(
@@ -79,7 +79,7 @@ def test_the_files_of_a_checkpoint_say_how(tmp_path):
         (MODULES, {"pooling_mode": ["mean", ["max"]]}, ["no-embedding"]),
     ],
 )
-def test_files_of_another_form_are_no_encoder(tmp_path, modules, pooling, codes):
+def test_files_of_another_form_give_no_encoder(tmp_path, modules, pooling, codes):
     assert encoder_of(tmp_path, modules, pooling) == (None, codes)
 
 

@@ -1,4 +1,4 @@
-"""What weights take depends on where they are: on those held in buffers, and on quantizers that spare the CPU."""
+"""The bytes of weights depend on their device: buffers, and quantizers that leave modules on the CPU dense."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def used_bytes(plan, device):
 
 @pytest.fixture
 def big(workspace):
-    """The config of a model of 13 billion parameters, as given."""
+    """Return the config of a model of 13 billion parameters, as given."""
 
     def write(**more):
         Path("big").mkdir(exist_ok=True)
@@ -108,7 +108,7 @@ def big(workspace):
 # -- buffers
 
 
-def test_buffers_are_offloaded_where_it_fits_no_other_way(big):
+def test_buffers_are_offloaded_if_nothing_else_fits(big):
     big(quantization_config=GPTQ)
     fits = compiled(MAP_OF_8_LAYERS.format(memory="4GiB", offload="")).plan
     assert fits.executor.offload_buffers
@@ -119,7 +119,7 @@ def test_buffers_are_offloaded_where_it_fits_no_other_way(big):
     assert 7.2 * GIB < used_bytes(left, "cuda:0") < 7.4 * GIB
 
 
-def test_buffers_that_are_to_be_left_and_do_not_fit(big):
+def test_buffers_that_must_stay_and_do_not_fit_are_an_error(big):
     big(quantization_config=GPTQ)
     compilation = compiled(MAP_OF_8_LAYERS.format(memory="4GiB", offload="buffers: false"))
     (finding,) = errors(compilation)
@@ -132,7 +132,7 @@ def test_buffers_that_are_to_be_left_and_do_not_fit(big):
     assert "buffers: true" not in finding.help  # it would not fit with these either
 
 
-def test_a_profile_that_offloads_buffers_is_obeyed(workspace):
+def test_offload_buffers_of_a_profile_is_followed(workspace):
     text = """\
 version: 1
 model: {source: quantized}
@@ -143,7 +143,7 @@ placement: {strategy: auto, offload: {buffers: true}}
     assert not compiled(text.replace("{buffers: true}", "{}")).plan.executor.offload_buffers
 
 
-def test_what_transformers_offloads_whatever_it_is_told(workspace):
+def test_buffers_that_transformers_always_offloads_are_offloaded(workspace):
     config = json.loads(Path("llama/config.json").read_text()) | {"quantization_config": {"quant_method": "fbgemm_fp8"}}
     Path("llama/config.json").write_text(json.dumps(config))
     text = """\
@@ -155,7 +155,7 @@ placement: {pins: [{match: model.layers.0, device: cpu}], offload: {buffers: fal
     assert compiled(text).plan.executor.offload_buffers
 
 
-def test_buffers_of_a_quantizer_that_is_not_known_are_offloaded(workspace):
+def test_buffers_of_an_unknown_quantizer_are_offloaded(workspace):
     config = json.loads(Path("quantized/config.json").read_text())
     config["quantization_config"]["bits"] = 3
     Path("quantized/config.json").write_text(json.dumps(config))
@@ -172,7 +172,7 @@ placement: {strategy: sequential, pins: [{match: lm_head, device: cpu}]}
 
 
 @pytest.mark.parametrize("strategy", ["sequential", "fastest"])
-def test_beside_apples_gpu_the_cpu_spares_nothing(workspace, strategy):
+def test_offloading_beside_apples_gpu_saves_no_memory(workspace, strategy):
     text = f"""\
 version: 1
 model: {{source: llama}}
@@ -200,7 +200,7 @@ placement: {{strategy: STRATEGY}}
 
 
 @pytest.mark.parametrize("strategy", ["fastest", "longest-context", "fewest-devices"])
-def test_our_strategies_offload_buffers_where_it_is_better(workspace, strategy):
+def test_our_strategies_offload_buffers_if_that_is_better(workspace, strategy):
     compilation = compiled(SMALL.replace("STRATEGY", strategy))
     plan = compilation.plan
     assert plan.executor.offload_buffers
@@ -213,7 +213,7 @@ def test_our_strategies_offload_buffers_where_it_is_better(workspace, strategy):
     assert roomy.executor.offload_buffers == (strategy == "longest-context")
 
 
-def test_a_lock_keeps_whether_buffers_are_offloaded(big):
+def test_a_lock_records_whether_buffers_are_offloaded(big):
     big(quantization_config=GPTQ)
     text = MAP_OF_8_LAYERS.format(memory="4GiB", offload="")
     compilation = compiled(text)
@@ -229,7 +229,7 @@ def test_a_lock_keeps_whether_buffers_are_offloaded(big):
     assert "profile rules out" in drift_of(lock).message
 
 
-def test_users_are_told_that_buffers_are_offloaded(big):
+def test_offloaded_buffers_are_reported(big):
     big(quantization_config=GPTQ)
     compilation = compiled(MAP_OF_8_LAYERS.format(memory="4GiB", offload=""))
     heading, *_, note = (line.plain for line in plan_lines(compilation, 140) if hasattr(line, "plain"))
@@ -244,7 +244,7 @@ def test_users_are_told_that_buffers_are_offloaded(big):
 # -- what a quantizer leaves as it is on the CPU
 
 
-def test_layers_in_4_bit_on_the_card_and_dense_on_the_cpu(big):
+def test_layers_are_4_bit_on_the_card_and_dense_on_the_cpu(big):
     big()
     compilation = compiled(FASTEST_IN_4_BIT)
     warning, passed_over = compilation.diagnostics
@@ -271,7 +271,7 @@ def test_layers_in_4_bit_on_the_card_and_dense_on_the_cpu(big):
     assert "bitsandbytes fp4 4 bit (what is on the CPU stays in float16: 13.6 GiB in all)" in heading
 
 
-def test_a_copy_of_a_weight_that_is_computed_with_takes_room_as_the_dtype_does(big):
+def test_the_copy_of_a_weight_for_computing_has_the_compute_dtypes_size(big):
     big()
 
     def active_bytes(computes_in):
@@ -293,7 +293,7 @@ def test_a_copy_of_a_weight_that_is_computed_with_takes_room_as_the_dtype_does(b
         ("method: bitsandbytes, load_in_8bit: true", 2, 1),
     ],
 )
-def test_a_token_writes_and_reads_the_copies_that_are_made_to_multiply(quantization, copy_bytes, token_bytes, big):
+def test_a_token_writes_and_reads_the_dequantised_copies(quantization, copy_bytes, token_bytes, big):
     big()
 
     def costs(model):
@@ -310,7 +310,7 @@ def test_a_token_writes_and_reads_the_copies_that_are_made_to_multiply(quantizat
     assert quantised.decode_touched_bytes / elements == pytest.approx(token_bytes, rel=0.08)  # scales take some
 
 
-def test_our_strategies_know_that_the_cpu_holds_layers_as_they_are(big):
+def test_our_strategies_count_dense_layers_on_the_cpu(big):
     big()
     compilation = compiled(FASTEST_IN_4_BIT.replace("context_length: 2048", "context_length: 512"))
     needed = used_bytes(compilation.plan, "cpu")
@@ -324,7 +324,7 @@ def test_our_strategies_know_that_the_cpu_holds_layers_as_they_are(big):
     assert isinstance(placed(needed - 1), Infeasible)  # though as many bytes would do in 4 bit
 
 
-def test_where_all_is_on_the_cpu_nothing_is_quantised(workspace):
+def test_nothing_is_quantised_if_all_is_on_the_cpu(workspace):
     text = f"""\
 version: 1
 model: {{source: {IN_4_BIT}}}
@@ -339,7 +339,7 @@ placement: {{strategy: single, device: DEVICE}}
     assert quantised < dense
 
 
-def test_a_quantised_checkpoint_cannot_be_left_as_it_is(workspace):
+def test_a_quantised_checkpoint_cannot_be_dense_on_the_cpu(workspace):
     quantized = {"quant_method": "bitsandbytes", "load_in_4bit": True, "llm_int8_enable_fp32_cpu_offload": True}
     config = json.loads(Path("llama/config.json").read_text()) | {"quantization_config": quantized}
     Path("llama/config.json").write_text(json.dumps(config))
@@ -370,7 +370,7 @@ hardware: {devices: {cuda:0: {memory: 1GiB}}}
 
 
 @pytest.mark.parametrize("executor", [LEFT, OFFLOADED])
-def test_what_a_plan_says_is_the_sum_of_its_parts(graphs, executor):
+def test_a_plans_bytes_are_the_sum_of_its_tensors(graphs, executor):
     choice = random.Random(0)
     places = [(FIRST_CARD, None), (SECOND_CARD, None), (CPU, None), (CPU, CPU), (DISK, None)]
     for graph in graphs * 5:
@@ -411,7 +411,7 @@ def test_what_a_plan_says_is_the_sum_of_its_parts(graphs, executor):
         assert "over-capacity" in {each.kind for each in verify(plan, graph, tight)}
 
 
-def test_a_graph_is_read_back_with_what_its_quantizer_does(graphs):
+def test_a_quantised_graph_round_trips_through_json(graphs):
     for graph in graphs:
         assert graph_from_json(json.loads(json.dumps(graph_to_json(graph)))) == graph
     plain = graph_to_json(graphs[2])
@@ -451,7 +451,7 @@ def plan_with(graph, homes):
         ({"head": FIRST_CARD, "inner_head": CPU}, None),
     ],
 )
-def test_a_map_that_a_quantizer_reads_in_another_way(homes, subject):
+def test_verifier_finds_a_map_that_a_quantizer_misreads(homes, subject):
     root = Module(ModulePath(""), "Model", children=(linear("head"), linear("inner_head")))
     found = verify(plan_with(ModelGraph(root), homes), ModelGraph(root), {})
     assert [each.subjects for each in found if "as it is" in each.message or "is quantised" in each.message] == (
@@ -459,7 +459,7 @@ def test_a_map_that_a_quantizer_reads_in_another_way(homes, subject):
     )
 
 
-def test_a_layer_whose_name_begins_as_that_of_one_on_the_cpu():
+def test_a_layer_whose_name_begins_like_one_on_the_cpu_is_misread():
     layers = Module(ModulePath("layers"), "ModuleList", children=(linear("layers.1"), linear("layers.10")))
     graph = ModelGraph(Module(ModulePath(""), "Model", children=(layers,)))
     plan = plan_with(graph, {"layers.1": CPU, "layers.10": FIRST_CARD})
@@ -467,7 +467,7 @@ def test_a_layer_whose_name_begins_as_that_of_one_on_the_cpu():
     assert misread_by_quantizer(plan, graph) == (("layers.10.weight",) if before_5_21 else ())
 
 
-def test_what_was_left_unquantised_is_found():
+def test_tensors_left_unquantised_are_found():
     class Model(torch.nn.Module):
         def __init__(self):
             super().__init__()
@@ -486,7 +486,7 @@ def test_what_was_left_unquantised_is_found():
     assert unquantized_tensors(Model(), plan, graph) == ("inner_head.weight",)
 
 
-def test_what_is_missing_is_missing_with_buffers_offloaded(big):
+def test_missing_bytes_are_computed_with_buffers_offloaded(big):
     big(quantization_config=GPTQ)
     (finding,) = errors(compiled(MAP_OF_8_LAYERS.format(memory="1GiB", offload="")))
     (with_buffers,) = errors(compiled(MAP_OF_8_LAYERS.format(memory="1GiB", offload="buffers: true")))
@@ -495,7 +495,7 @@ def test_what_is_missing_is_missing_with_buffers_offloaded(big):
 
 @pytest.mark.parametrize("source", ["quantized", IN_4_BIT])
 @pytest.mark.parametrize("buffers", ["true", "false"])
-def test_a_dry_run_copies_what_the_plan_says_is_copied(workspace, source, buffers):
+def test_dry_run_copies_the_bytes_that_the_plan_predicts(workspace, source, buffers):
     compilation = compiled(
         f"""\
 version: 1

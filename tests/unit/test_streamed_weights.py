@@ -1,7 +1,4 @@
-"""Weights that are copied ahead to an accelerator: there when a module computes, and never overwritten while one does.
-
-The accelerator is simulated (`late_copies.py`): neither of its streams can do without waiting for the other.
-"""
+"""Weights copied ahead to an accelerator are there when a module computes, and not overwritten meanwhile."""
 
 from __future__ import annotations
 
@@ -62,9 +59,9 @@ def outputs(model):
 
 
 def offloaded(model, folder=None, is_on_disk=lambda _name: True):
-    """Attach accelerate's hooks, as it does for a map: children of the model, or of its inner model, are streamed.
+    """Attach accelerate's hooks as for a map in which children of the model, or of its inner model, are streamed.
 
-    With a folder, from a file in it what `is_on_disk`.
+    With a folder, tensors for which `is_on_disk` are streamed from a file in it.
     """
     inner = dict(model.named_children())
     units = [
@@ -91,7 +88,7 @@ def offloaded(model, folder=None, is_on_disk=lambda _name: True):
 
 
 def pieces(graph):
-    """What is planned to come ahead of a model that is all on the CPU, and what slots for that take."""
+    """Return the planned loads of a model that is all on the CPU, and the bytes of their slots."""
     homes = dict.fromkeys(graph.tensors, Location(CPU, CARD))
     sizes = [copied_bytes(graph, piece, homes, AHEAD, CARD).get(CARD, 0) for piece in pieces_of(graph, AHEAD, CARD)]
     return pieces_ahead(graph, homes, AHEAD, CARD), max(sizes)
@@ -115,7 +112,7 @@ def streaming(model, order=(), folder=None):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_logits_are_those_of_a_model_that_is_all_there(name):
+def test_logits_of_streamed_weights_are_those_of_a_resident_model(name):
     torch.manual_seed(0)
     model = MODELS[name]().eval()
     expected = outputs(model)
@@ -137,7 +134,7 @@ def test_logits_are_those_of_a_model_that_is_all_there(name):
 @pytest.mark.parametrize(
     "name", ["dense", "tied head", "encoder and decoder", "parameters around modules in every block"]
 )
-def test_logits_of_what_is_on_disk_are_the_same(name, is_on_disk, tmp_path):
+def test_logits_of_weights_on_disk_are_those_of_a_resident_model(name, is_on_disk, tmp_path):
     torch.manual_seed(0)
     model = MODELS[name]().eval()
     expected, order = outputs(model), run_order(model)
@@ -160,7 +157,7 @@ def read(tmp_path):
     return (model, *streaming(model, order, tmp_path), tmp_path / "model.safetensors")
 
 
-def test_what_is_next_is_read_while_a_module_computes(read, monkeypatch):
+def test_the_next_load_is_read_while_a_module_computes(read, monkeypatch):
     model, _streams, loads, _file = read
     outputs(model)
     began, fetched = [], []
@@ -183,7 +180,7 @@ def test_what_is_next_is_read_while_a_module_computes(read, monkeypatch):
     assert fetched == following
 
 
-def test_a_read_that_fails_is_told_and_is_tried_again(read):
+def test_a_failed_read_is_an_error_and_is_retried(read):
     model, _streams, loads, file = read
     expected, content = outputs(model), file.read_bytes()
     os.truncate(file, 4096)
@@ -217,7 +214,7 @@ def dense():
     return (model, *streaming(model, order))
 
 
-def test_each_load_is_copied_once_a_forward_and_before_it_is_asked_for(dense):
+def test_each_load_is_copied_once_per_forward_before_it_is_needed(dense):
     model, streams, loads = dense
     outputs(model)
     asked, copied = [], len(streams.copies)
@@ -235,7 +232,7 @@ def sources(streams):
     return [copy.source for copy in streams.copies]
 
 
-def test_the_order_is_learnt_where_it_is_not_known():
+def test_an_unknown_order_of_loads_is_learnt():
     model = MODELS["dense"]().eval()
     offloaded(model)
     paths = [path for path, _ in model.named_modules()]
@@ -249,7 +246,7 @@ def test_the_order_is_learnt_where_it_is_not_known():
     assert copies[3] == copies[2]
 
 
-def test_no_load_is_larger_than_the_largest_module_and_all_are_in_one(dense):
+def test_loads_cover_all_modules_and_none_exceeds_the_largest(dense):
     model, _streams, loads = dense
     largest = max(sum(each.nbytes for each in module.parameters()) for load in loads for module in load.places)
     assert max(load.memory.nbytes for load in loads) == largest
@@ -258,7 +255,7 @@ def test_no_load_is_larger_than_the_largest_module_and_all_are_in_one(dense):
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-def test_a_forward_that_fails_leaves_slots_free_and_weights_away(dense, error):
+def test_a_failed_forward_frees_its_slots(dense, error):
     model, _streams, loads = dense
     expected = outputs(model)
     broken = model.model.layers[1].mlp.down_proj
@@ -277,8 +274,8 @@ def test_a_forward_that_fails_leaves_slots_free_and_weights_away(dense, error):
         assert torch.equal(other.submit(outputs, model).result(timeout=60), expected)
 
 
-def test_a_copy_that_is_broken_off_is_done_again(dense, monkeypatch):
-    """Nothing knows how far it came: what was in the slot is not there any more."""
+def test_an_interrupted_copy_is_repeated(dense, monkeypatch):
+    """Its progress is unknown, and the previous content of the slot is gone."""
     model, streams, _loads = dense
     expected, copy = outputs(model), streams.copy
 
@@ -295,8 +292,8 @@ def test_a_copy_that_is_broken_off_is_done_again(dense, monkeypatch):
         assert torch.equal(outputs(model), expected)
 
 
-def test_threads_take_turns(dense, monkeypatch):
-    """What one computes with is not overwritten meanwhile by what another has copied."""
+def test_concurrent_forwards_do_not_overwrite_each_others_weights(dense, monkeypatch):
+    """While one computes with its weights, the other's copies must not overwrite them."""
     model, _streams, _loads = dense
     expected, linear = outputs(model), torch.nn.functional.linear
     at_work, others_done = threading.Event(), threading.Event()
@@ -316,7 +313,7 @@ def test_threads_take_turns(dense, monkeypatch):
         assert torch.equal(found.result(), expected)
 
 
-def test_a_thread_that_fails_lets_the_others_go_on(dense):
+def test_a_failed_thread_does_not_block_the_others(dense):
     model, _streams, _loads = dense
     expected = outputs(model)
     hook = model.lm_head.register_forward_pre_hook(lambda *_: 1 / 0)
@@ -335,15 +332,15 @@ def test_a_thread_that_fails_lets_the_others_go_on(dense):
     ],
     ids=["another dtype", "written to", "replaced"],
 )
-def test_what_is_changed_while_it_is_away_is_not_lost_in_silence(dense, change):
+def test_changing_streamed_weights_is_an_error(dense, change):
     model, _streams, _loads = dense
     change(model)
     with pytest.raises(RuntimeError, match="was changed, which is copied to the accelerator as it was loaded"):
         outputs(model)
 
 
-def test_what_an_adapter_is_merged_into_is_what_runs(dense):
-    """As PEFT merges: by the hook, outside of a call."""
+def test_a_merged_adapter_is_used(dense):
+    """PEFT merges through the hook, outside of a call."""
     model, _streams, _loads = dense
     expected, head = outputs(model), model.lm_head
     head._hf_hook.pre_forward(head)
@@ -354,7 +351,7 @@ def test_what_an_adapter_is_merged_into_is_what_runs(dense):
         assert torch.equal(outputs(model), 2 * expected)
 
 
-def test_a_model_that_is_streamed_is_saved_as_it_was(dense, tmp_path):
+def test_a_streamed_model_can_be_saved(dense, tmp_path):
     model, _streams, _loads = dense
     expected = outputs(model)
     model.hf_device_map = {"": "cpu"}
@@ -363,7 +360,7 @@ def test_a_model_that_is_streamed_is_saved_as_it_was(dense, tmp_path):
     assert torch.equal(outputs(model), expected)
 
 
-def test_what_is_within_a_module_with_parameters_comes_with_it():
+def test_modules_within_a_module_with_parameters_are_in_its_load():
     model = MODELS["parameters around modules in every block"]().eval()
     offloaded(model)
     _streams, loads = streaming(model)
@@ -374,7 +371,7 @@ def test_what_is_within_a_module_with_parameters_comes_with_it():
 
 
 @pytest.mark.parametrize("name", ["tied head", "a bias that is shared with a module within"])
-def test_what_is_shared_is_pinned_once_and_copied_once_from_token_to_token(name):
+def test_shared_weights_are_pinned_once_and_copied_once_per_token(name):
     model = MODELS[name]().eval()
     order, held = run_order(model), [parameter.nbytes for parameter in model.parameters()]
     offloaded(model)
@@ -386,7 +383,7 @@ def test_what_is_shared_is_pinned_once_and_copied_once_from_token_to_token(name)
     assert [*map(id, sources(streams))][before:] == [id(load.memory) for load in (*loads[2:], *loads[:2])]
 
 
-def test_what_is_streamed_is_held_once_and_goes_with_the_model():
+def test_streamed_weights_are_held_once_and_freed_with_the_model():
     model = MODELS["dense"]().eval()
     loader = offloaded(model)
     names, held = list(loader.state_dict), [weakref.ref(each) for each in loader.state_dict.values()]
@@ -405,7 +402,7 @@ def test_what_is_streamed_is_held_once_and_goes_with_the_model():
 
 
 def load_of(*modules):
-    """A load of the weights of modules, each of one number."""
+    """Return a load of the weights of modules, each filled with one number."""
     memory = torch.zeros(ALIGNMENT_BYTES * len(modules), dtype=torch.uint8)
     places = {}
     for number, module in enumerate(modules):
@@ -416,7 +413,7 @@ def load_of(*modules):
 
 
 class SlowPiece:
-    """Of one number on a disk, which is read once it may be."""
+    """A piece of one number on a disk, read once that is allowed."""
 
     def __init__(self, number):
         self.number, self.size_bytes, self.place = number, 4, TensorInFile(Path("f"), str(number), 0, 4)
@@ -437,8 +434,8 @@ def number_in(memory):
     return memory[:4].view(torch.float32).item()
 
 
-def test_memory_that_is_copied_from_is_not_read_into():
-    """Nobody has waited for any of the copies yet."""
+def test_a_buffer_is_not_overwritten_while_it_is_copied():
+    """None of the copies has been waited for yet."""
     streams = LateCopies()
     reader = ReaderThread(streams, [pages(4) for _ in range(2)])
     slots = [torch.zeros(4, dtype=torch.uint8) for _ in range(5)]
@@ -451,8 +448,8 @@ def test_memory_that_is_copied_from_is_not_read_into():
     assert [number_in(slot) for slot in slots] == [0, 1, 2, 3, 4]
 
 
-def test_what_is_brought_in_place_of_what_was_expected_is_not_overwritten_by_that():
-    """The read of what was expected has not come to its end when the slot is given to another."""
+def test_a_late_read_does_not_overwrite_the_slots_new_load():
+    """The read of the expected load has not ended when its slot is given to another load."""
     around, expected, instead = (torch.nn.Linear(1, 1, bias=False) for _ in range(3))
     streams, late = LateCopies(), slow_load(7.0, expected)
     loads = [load_of(around), late, load_of(instead)]
@@ -466,8 +463,8 @@ def test_what_is_brought_in_place_of_what_was_expected_is_not_overwritten_by_tha
     assert torch.equal(weight, instead.weight)
 
 
-def test_what_runs_around_others_keeps_its_weights():
-    """Where modules of both slots run, the next is copied beside them, and nothing is fetched over what runs."""
+def test_outer_modules_keep_their_weights_while_inner_ones_run():
+    """If modules of both slots run, the next load is copied beside them, and nothing overwrites what runs."""
     modules = [torch.nn.Linear(1, 1, bias=False) for _ in range(4)]
     loads = [load_of(module) for module in modules]
     slots = (
@@ -487,7 +484,7 @@ def test_what_runs_around_others_keeps_its_weights():
     assert any(slot.load is loads[3] for slot in slots)
 
 
-def test_each_tensor_begins_where_kernels_read_wide_words():
+def test_tensors_in_a_load_are_aligned():
     odd, wide = torch.nn.Linear(3, 1, bias=False).bfloat16(), torch.nn.Linear(2, 1, bias=False).double()
     model = torch.nn.Sequential(odd, wide)
     loader = OffloadedWeightsLoader(state_dict=dict(model.state_dict()))

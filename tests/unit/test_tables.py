@@ -1,4 +1,4 @@
-"""Tables at every width: as wide as the terminal where they can be, and no name in them broken."""
+"""Tables fit the terminal at every width where they can, and never break a name."""
 
 from __future__ import annotations
 
@@ -53,13 +53,13 @@ def test_lines_are_as_wide_as_the_terminal_and_end_where_their_words_do(width, w
         assert lines == [line.rstrip() for line in lines]
 
 
-def test_what_a_module_costs_has_whole_names(workspace, monkeypatch):
+def test_the_table_of_costs_has_whole_names(workspace, monkeypatch):
     monkeypatch.setenv("COLUMNS", "50")
     shown = CliRunner().invoke(devmap, ["tree", "--measure", "llama"], standalone_mode=False).stdout
     assert "\n  model.layers.[1-5]\n" in shown
 
 
-def test_even_steps_are_one_range():
+def test_indices_in_even_steps_are_one_range():
     assert ranges([1, 3, 5, 7, 9]) == "[1-9/2]"
     assert ranges([0, 1, 2, 10, 20, 30, 31]) == "[0-2,10-30/10,31]"
     assert ranges([0, 2]) == "[0,2]"
@@ -67,7 +67,7 @@ def test_even_steps_are_one_range():
     assert fold_paths(f"layers.{number}.mlp" for number in range(1, 24, 2)) == ("layers.[1-23/2].mlp",)
 
 
-def test_the_example_in_the_readme_has_the_figures_of_its_lock():
+def test_the_readmes_example_has_the_values_of_its_lock():
     lock = json.loads((REPOSITORY / "profiles" / "llama-3.1-70b-two-24gb.lock.json").read_text())
     example = (REPOSITORY / "README.md").read_text()
     plan = lock["plan"]

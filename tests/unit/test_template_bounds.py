@@ -1,4 +1,4 @@
-"""Templates of strangers: whatever they ask for, little memory is taken, and an answer comes soon."""
+"""Templates of strangers are rendered or refused quickly and in little memory."""
 
 import tracemalloc
 
@@ -34,13 +34,13 @@ BOMBS = {
 }
 
 
-def test_half_a_character_is_refused():
+def test_a_lone_surrogate_is_refused():
     with pytest.raises(TemplateRefusedError, match=r"the template fails: .*surrogates not allowed"):
         render(r"{{ 'caf\udce9' }}", {})
 
 
 @pytest.mark.parametrize("template", BOMBS.values(), ids=BOMBS.keys())
-def test_a_bomb_is_refused_in_little_memory(template):
+def test_a_template_bomb_is_refused_in_little_memory(template):
     tracemalloc.start()
     try:
         with pytest.raises(TemplateRefusedError):
@@ -61,11 +61,11 @@ def test_a_bomb_is_refused_in_little_memory(template):
         ("{% for i in range(1000) %}{{ i % 10 }}{% endfor %}", "0123456789" * 100),
     ],
 )
-def test_what_people_write_is_rendered(template, text):
+def test_usual_templates_are_rendered(template, text):
     assert render(template, {}) == text
 
 
 @pytest.mark.parametrize("text", ["{{ 'a'[1, 2:] }}", "{% for i in [1] %}" * 30 + "{% endfor %}" * 30])
-def test_what_jinja2_makes_no_python_of_cannot_be_read(text):
+def test_a_template_that_jinja2_cannot_compile_is_an_error(text):
     with pytest.raises(TemplateRefusedError, match="the template cannot be read"):
         render(text, {})

@@ -1,4 +1,4 @@
-"""Text is handed on as tokens are made, and comes to what all of them say at once."""
+"""Text is streamed as tokens are generated, and the parts add up to the decoded whole."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ TOKENIZER = AutoTokenizer.from_pretrained(REPOSITORY / "profiles" / "models" / "
 
 
 def streamed(tokens, *, prompt_tokens=2, shows_prompt=True, tokenizer=TOKENIZER):
-    """What is handed on, part by part."""
+    """Return the streamed text, part by part."""
     parts = []
     stream = TextStream(tokenizer, parts.append, shows_prompt=shows_prompt)
     stream.put(torch.tensor([tokens[:prompt_tokens]]))
@@ -26,7 +26,7 @@ def streamed(tokens, *, prompt_tokens=2, shows_prompt=True, tokenizer=TOKENIZER)
 
 
 @pytest.mark.parametrize("text", ["A model is placed before it is loaded.", "größer 語 🙂🙂 naïve", "a\n\n b  c \n"])
-def test_the_parts_are_the_text(text):
+def test_streamed_parts_add_up_to_the_text(text):
     tokens = TOKENIZER(text, add_special_tokens=False)["input_ids"]
     parts = streamed(tokens)
     assert ("".join(parts), len(parts) > 3) == (text, True)
@@ -40,19 +40,19 @@ def test_special_tokens_are_not_shown():
     assert "".join(streamed([end, *tokens, end, *tokens, end])) == "tiedtied"
 
 
-def test_a_character_that_is_never_finished_is_shown_in_the_end():
+def test_an_incomplete_character_is_shown_at_the_end():
     tokens = TOKENIZER("ab🙂", add_special_tokens=False)["input_ids"][:-1]
     assert streamed(tokens)[-1].endswith("\ufffd")
 
 
-def test_what_is_no_text_is_shown_as_its_tokens():
+def test_output_without_a_tokenizer_is_shown_as_tokens():
     assert streamed([5, 6, 7], tokenizer=None) == ["tokens [5, 6, 7]"]
     end = TOKENIZER.eos_token_id
     assert streamed([end] * 4) == [f"tokens {[end] * 4}"]
     assert streamed([end] * 4, shows_prompt=False) == [f"tokens {[end] * 2}"]
 
 
-def test_what_goes_on_from_a_prompt_begins_with_its_space():
+def test_a_continuation_begins_with_its_space():
     words = Tokenizer(models.WordLevel({"[UNK]": 0, "▁a": 1, "▁model": 2}, "[UNK]"))
     words.pre_tokenizer, words.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words)
@@ -65,7 +65,7 @@ def test_what_goes_on_from_a_prompt_begins_with_its_space():
         assert "".join(parts) == text
 
 
-def test_the_first_token_takes_the_prompt_and_is_left_out_of_the_rate():
+def test_tokens_per_second_exclude_the_first_token():
     speed = Speed(prompt_tokens=9, tokens=5, seconds=3.0, first_token_seconds=1.0)
     assert speed.tokens_per_second == 2.0
     assert (speed + speed).tokens_per_second == 2.0

@@ -1,4 +1,4 @@
-"""A tokenizer's files may be a stranger's: what is wrong with them is told, and nothing else fails over it."""
+"""Errors in a tokenizer's files are reported, and nothing else fails because of them."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ def folder(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["[1]", "null", "5"])
-def test_a_config_that_is_none_leaves_a_model_without_tokenizer(folder, text):
+def test_an_invalid_tokenizer_config_leaves_the_model_without_tokenizer(folder, text):
     (folder / "tokenizer_config.json").write_text(text)
     assert (
         load_tokenizer(LoadRequest(weights=str(folder), class_name="", dtype="float32", attention=None), Sink()) is None
     )
 
 
-def test_a_length_that_is_none_is_told_once_text_is_read(folder):
+def test_an_invalid_maximum_length_is_reported_when_text_is_read(folder):
     (folder / "tokenizer_config.json").write_text(json.dumps({"model_max_length": "x"}))
     tokenizer = AutoTokenizer.from_pretrained(folder)
     with pytest.raises(RunnerError, match="the tokenizer takes no text: TypeError: '>' not supported"):

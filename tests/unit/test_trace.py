@@ -1,4 +1,4 @@
-"""A plan's forwards as a trace: its times add up to what is predicted, and it is what viewers of traces can show."""
+"""A plan's trace has the predicted times, and is valid for trace viewers."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def traced(compilation, simulation=None):
 
 
 def tracks_of(trace):
-    """The slices of each track, by the names of its process and its thread."""
+    """Return the slices of each track, by the names of its process and thread."""
     named = [event for event in trace["traceEvents"] if event["ph"] == "M"]
     processes = {each["pid"]: each["args"]["name"] for each in named if each["name"] == "process_name"}
     threads = {(each["pid"], each["tid"]): each["args"]["name"] for each in named if each["name"] == "thread_name"}
@@ -133,7 +133,7 @@ def assert_well_formed(trace):
 
 
 def assert_sound(trace, prediction):
-    """Times are those predicted, a track shows one thing at a time, and flows lead from copies to what waits."""
+    """Check that times are the predicted ones, tracks show one slice at a time, and flows lead from copies to waits."""
     assert_well_formed(trace)
     tracks = tracks_of(trace)
     for track in tracks.values():
@@ -167,7 +167,7 @@ def binds(event, flow):
 
 
 @pytest.mark.parametrize("name", PROFILES)
-def test_a_trace_adds_up_to_what_is_predicted_and_shows_what_devices_hold(folder, name):
+def test_a_trace_has_the_predicted_times_and_memory(folder, name):
     *described, link = PROFILES[name]
     (folder / "p.yaml").write_text(profile(*described))
     compilation = compiled(folder / "p.yaml")
@@ -190,7 +190,7 @@ def test_a_trace_adds_up_to_what_is_predicted_and_shows_what_devices_hold(folder
     assert (name == "waited for") <= ("waits for copies" in ran)
 
 
-def test_cards_that_take_turns_are_brought_their_weights_at_once(folder):
+def test_alternating_cards_copy_their_weights_at_once(folder):
     *described, _ = PROFILES["cards in turns"]
     (folder / "p.yaml").write_text(profile(*described))
     tracks = tracks_of(traced(compiled(folder / "p.yaml")))
@@ -200,7 +200,7 @@ def test_cards_that_take_turns_are_brought_their_weights_at_once(folder):
 
 @pytest.mark.zoo
 @pytest.mark.parametrize("path", sorted((REPOSITORY / "profiles").glob("*.yaml")), ids=lambda path: path.stem)
-def test_the_trace_of_each_profile_adds_up_to_what_is_predicted(path):
+def test_the_trace_of_each_profile_has_the_predicted_times(path):
     compilation = compiled(path)
     prediction = compilation.plan.prediction
     if compilation.plan.pipeline is None and prediction.decode_nanoseconds_per_token is not None:
@@ -214,7 +214,7 @@ def run(*arguments):
     return CliRunner().invoke(devmap, ["simulate", "p.yaml", *arguments], standalone_mode=False)
 
 
-def test_the_command_writes_the_same_trace_each_time(folder):
+def test_simulate_writes_the_same_trace_each_time(folder):
     *described, _ = PROFILES["several cards"]
     (folder / "p.yaml").write_text(profile(*described))
     printed = run("--format", "trace", "--tokens", "3")
@@ -230,7 +230,7 @@ def test_the_command_writes_the_same_trace_each_time(folder):
     assert told["basis"]["decode"]["rates"] == "stated"
 
 
-def test_a_phase_of_which_no_time_is_known_is_left_out_and_said_to_be(folder):
+def test_a_phase_without_a_known_time_is_left_out_with_the_reason(folder):
     devices = FAST_HOST.replace(", flops: 1TFLOP/s", "")
     (folder / "p.yaml").write_text(profile("mixture", devices, LINKS, "strategy: auto"))
     trace = traced(compiled(folder / "p.yaml"))
@@ -239,7 +239,7 @@ def test_a_phase_of_which_no_time_is_known_is_left_out_and_said_to_be(folder):
     assert trace["otherData"]["memory"] == "not shown, for nothing was tried without torch"
 
 
-def test_the_memory_of_a_quantised_model_is_said_to_be_of_unquantised_weights(folder):
+def test_the_trace_of_a_quantised_model_says_that_its_memory_is_unquantised(folder):
     quantization = ", quantization: {method: bitsandbytes, load_in_8bit: true}"
     text = profile(LLAMA, "cuda:0: rtx-4090", LINKS, "strategy: single")
     (folder / "p.yaml").write_text(text)
@@ -256,7 +256,7 @@ def test_the_memory_of_a_quantised_model_is_said_to_be_of_unquantised_weights(fo
         (FAST_HOST, "", "missing-workload"),
     ],
 )
-def test_without_any_time_there_is_no_trace(folder, devices, workload, said):
+def test_without_times_there_is_no_trace(folder, devices, workload, said):
     (folder / "p.yaml").write_text(profile(LLAMA, devices, LINKS, "strategy: auto", workload))
     (folder / "none.json").unlink(missing_ok=True)
     done = run("--format", "trace", "-o", "none.json")
@@ -273,12 +273,12 @@ def test_without_any_time_there_is_no_trace(folder, devices, workload, said):
         (("--format", "trace", "-o", "absent/t.json"), "does not exist"),
     ],
 )
-def test_a_trace_is_written_over_nothing_else(folder, arguments, said):
+def test_a_trace_does_not_overwrite_other_files(folder, arguments, said):
     with pytest.raises(UsageError, match=re.escape(said)):
         CliRunner().invoke(devmap, ["simulate", "p.yaml", *arguments], standalone_mode=False, catch_exceptions=False)
 
 
-def test_names_are_text_in_a_trace(folder):
+def test_hostile_names_stay_text_in_a_trace(folder):
     *described, _ = PROFILES["the CPU alone"]
     (folder / "p.yaml").write_text(profile(*described))
     compilation = compiled(folder / "p.yaml")

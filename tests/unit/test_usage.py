@@ -1,4 +1,4 @@
-"""What is told of memory is measured: of each accelerator by torch, of the CPU by the process; else nothing is told."""
+"""Reported memory is measured: by torch for accelerators, by the process for the CPU; otherwise nothing is reported."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def plan(workspace):
     return compile_profile("profile.yaml")
 
 
-def test_each_device_has_its_own_peak_beside_the_most_that_is_planned(plan, monkeypatch):
+def test_each_devices_peak_is_reported_beside_the_planned_maximum(plan, monkeypatch):
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda index: 1_000 + index)
     used = {str(use.device): use for use in memory_use(plan)}
     assert [used["cuda:0"].peak_bytes, used["cuda:1"].peak_bytes] == [1_000, 1_001]

@@ -1,4 +1,4 @@
-"""Which layers see how far back, and with how many heads, held to transformers' config classes."""
+"""Attention windows and heads by layer are read from configs as transformers' config classes do."""
 
 from __future__ import annotations
 
@@ -34,15 +34,15 @@ SAID = (
     "family", sorted({*EVERY_FULL, *FIRST_FULL, *ALL_FULL, *EVERY_SLIDING, *SWITCHED} & set(CONFIG_MAPPING))
 )
 def test_windows_are_those_of_the_config_class(family):
-    """What a config leaves to its class gives the same windows as what that class makes of it."""
+    """Values that a config omits give the same windows as its class derives."""
     for said in SAID:
         config = {"model_type": family, "num_hidden_layers": 8, **said}
         made = CONFIG_MAPPING[family](**{key: value for key, value in config.items() if key != "model_type"})
         assert windows_of(config, 8) == windows_of(made.to_dict(), 8), said
 
 
-def test_of_no_family_of_vllm_are_windows_guessed():
-    """A default config without its kinds of layers gives the windows that its class derives, or is refused."""
+def test_windows_are_not_guessed_for_any_family_of_vllm():
+    """A default config without its layer types gives the windows that its class derives, or is refused."""
     known = 0
     for family, name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items():
         if not {name} & architectures():
@@ -59,7 +59,7 @@ def test_of_no_family_of_vllm_are_windows_guessed():
     assert known > 30
 
 
-def test_one_family_is_seen_one_token_more_by_vllm():
+def test_vllm_counts_one_token_more_for_cohere2():
     assert windows_of({"model_type": "cohere2", "sliding_window": 512}, 4) == (513, 513, 513, None)
 
 
@@ -78,7 +78,7 @@ def test_one_family_is_seen_one_token_more_by_vllm():
         {"model_type": "qwen2", "use_sliding_window": True, "max_window_layers": "3"},
     ],
 )
-def test_windows_that_are_not_known_are_not_guessed(config):
+def test_unknown_windows_are_an_error(config):
     with pytest.raises(UnknownWindowsError):
         windows_of(config, 8)
 
@@ -115,7 +115,7 @@ def planned(tmp_path):
         ("Qwen2ForCausalLM", {"model_type": "qwen2", "use_sliding_window": True, "max_window_layers": 4}),
     ],
 )
-def test_a_config_that_its_class_has_saved_gives_the_same_plan(planned, tmp_path, family, more):
+def test_a_config_saved_by_its_class_gives_the_same_plan(planned, tmp_path, family, more):
     config = {**SMALL, "architectures": [family], "sliding_window": 256, **more}
     before = planned("hub", config)
     AutoConfig.from_pretrained(tmp_path / "hub").save_pretrained(tmp_path / "saved")
@@ -124,8 +124,8 @@ def test_a_config_that_its_class_has_saved_gives_the_same_plan(planned, tmp_path
     assert planned("again", saved) == before
 
 
-def test_layers_that_keep_something_else_than_their_config_says_are_refused(tmp_path):
-    """Of Gemma 4, layers that see all have heads of another size than those with a window."""
+def test_layers_whose_cache_differs_from_their_config_are_refused(tmp_path):
+    """In Gemma 4, layers with full attention have heads of another size than those with a window."""
     config = {**SMALL, "architectures": ["Gemma4ForCausalLM"], "model_type": "gemma4_text", "head_dim": 16}
     config |= {"global_head_dim": 32, "layer_types": ["sliding_attention", "full_attention"] * 3, "sliding_window": 256}
     config |= {"hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0}
@@ -173,7 +173,7 @@ BIGCODE = {
         ({**BIGCODE, "multi_query": False}, 4),
     ],
 )
-def test_a_query_of_many_heads_may_have_one_of_keys(planned, config, heads):
+def test_page_sizes_follow_the_number_of_key_value_heads(planned, config, heads):
     pipeline = planned("model", config)
     for stage in pipeline.stages:
         assert stage.page_bytes == pipeline.block_size * stage.layers * 2 * heads * 16 * 2  # keys and values of 16

@@ -1,4 +1,4 @@
-"""What people read of a plan: its text, whole help, plurals, and no time that is none."""
+"""The text that people read of a plan: its summary, help, plurals, and missing times."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ def run(*arguments):
     return CliRunner().invoke(devmap, arguments, standalone_mode=False)
 
 
-def test_a_plan_reads_as_what_each_device_holds(profile):
+def test_a_plans_text_lists_what_each_device_holds(profile):
     text = str(compile_profile(profile))
     assert text.startswith("plan by `fastest`:\n  cuda:0 ")
     assert "  computed on the CPU: model.layers.[1-3].mlp.experts" in text
     assert len(text.splitlines()) == 4
 
 
-def test_what_no_map_can_say_names_ranges_and_what_loads_it(profile):
+def test_a_plan_without_a_device_map_names_its_modules_and_the_loader(profile):
     plan = compile_profile(profile)
     with pytest.raises(NotADeviceMapError, match=r"say: model\.layers\.\[1-3\]\.mlp\.experts; .*load_model"):
         _ = plan.device_map
@@ -52,14 +52,14 @@ def test_what_no_map_can_say_names_ranges_and_what_loads_it(profile):
     assert "devmap_config.load_model" in done.stderr
 
 
-def test_the_help_of_commands_is_whole():
+def test_the_help_of_commands_is_not_cut_off():
     shown = run("--help").output
     assert "..." not in shown.partition("Commands:")[2]
     assert all(made.get_short_help_str(limit=500) in " ".join(shown.split()) for made in devmap.commands.values())
 
 
 @pytest.mark.parametrize("command", ["compile", "explain", "fit"])
-def test_no_time_is_none(command, profile):
+def test_no_time_is_shown_as_zero(command, profile):
     profile.write_text(
         PROFILE.replace("mixture", "unmeasurable").replace("sequential", "fastest").split("placement")[0]
     )
@@ -70,7 +70,7 @@ def test_no_time_is_none(command, profile):
 
 
 @pytest.mark.parametrize("command", ["compile", "explain", "fit"])
-def test_a_time_that_is_not_predicted_says_which_figure_is_missing(command, profile):
+def test_a_missing_time_names_the_missing_rate(command, profile):
     box = profile.with_name("box.yaml")
     box.write_text(PROFILE[PROFILE.index("hardware:") : PROFILE.index("placement")])
     arguments = {"compile": ["--dry-run"], "fit": ["--on", str(box)]}.get(command, [])
@@ -86,11 +86,11 @@ def test_a_time_that_is_not_predicted_says_which_figure_is_missing(command, prof
     assert "ithout the" not in run(command, str(profile), *arguments).stdout
 
 
-def test_one_is_not_many():
+def test_counts_have_singular_and_plural():
     assert [counted(1, "tensor"), counted(2, "tensor")] == ["1 tensor", "2 tensors"]
 
 
-def test_a_context_that_cannot_grow_is_said_to_end_and_not_to_grow_to_itself(workspace):
+def test_a_context_at_the_models_limit_is_said_to_end(workspace):
     Path("p.yaml").write_text(
         "version: 1\nmodel: {source: learned}\nworkload: {context_length: 256}\n"
         "hardware: {devices: {cpu: {memory: 1GiB}}}\n"
@@ -100,7 +100,7 @@ def test_a_context_that_cannot_grow_is_said_to_end_and_not_to_grow_to_itself(wor
 
 
 @pytest.mark.parametrize(("fastest", "shown"), [(99_800_000, True), (100_000_000, False), (100_000_001, False)])
-def test_the_fastest_plans_time_is_shown_where_its_digits_are_others(fastest, shown):
+def test_the_fastest_plans_time_is_shown_if_it_differs_in_print(fastest, shown):
     prediction = Prediction(decode_nanoseconds_per_token=100_000_002, fastest_decode_nanoseconds_per_token=fastest)
     assert ("the fastest plan takes 99.8 ms" in predicted(SimpleNamespace(prediction=prediction))) == shown
     assert ("the fastest plan" in predicted(SimpleNamespace(prediction=prediction))) == shown
