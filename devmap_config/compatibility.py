@@ -75,21 +75,19 @@ def check_cache(prepared: Prepared, sink: Sink) -> None:
         return
     kinds = sorted({device.kind for device in prepared.capacities if device.is_accelerator})
     if prepared.loaded.profile.model.assistant is not None:
-        reason, help = "beside a draft model, no cache was tried that is offloaded or quantised", "leave `cache` out"
+        reason, help = "offloaded and quantised caches were never tested with a draft model", "leave `cache` out"
     elif name not in OFFLOADED:
         return
     elif not kinds:
         reason, help = "there is no accelerator from which the cache could be offloaded", "leave `cache` out"
     elif kinds != [OFFLOADING_KIND]:
-        reason = f"transformers offloads a cache from {OFFLOADING_KIND} devices alone, and these are {kinds[0]}"
+        reason = f"transformers offloads a cache from {OFFLOADING_KIND} devices only, and these are {kinds[0]}"
         help = "leave `cache` out"
     elif name == PARTLY and prepared.strategy not in OPTIMAL_STRATEGIES:
-        reason = (
-            f"which layers of the cache are offloaded is for the strategy to say, and `{prepared.strategy}` does not"
-        )
+        reason = f"the strategy must choose the offloaded layers of the cache, and `{prepared.strategy}` does not"
         help = f"write `strategy: {OPTIMAL_STRATEGIES[0]}`; or `cache: offloaded`, which is all of them"
     elif CPU not in prepared.capacities:
-        reason = "the cache is to be on the CPU, and the profile lists none: what is not listed does not exist"
+        reason = "the cache should be on the CPU, but the profile does not list it: what is not listed does not exist"
         help = "list it with what it has: `cpu: {memory: 64GiB}`"
     else:
         return
@@ -185,18 +183,18 @@ def check_assistant(prepared: Prepared, draft: LoadedModel, sink: Sink) -> None:
     workload, assistant = profile.workload, profile.model.assistant
     mine, its = (_vocabulary(model.source.config) for model in (prepared.model, draft))
     problems = {
-        "transformers takes a draft model for one sequence at a time": workload.batch_size > 1,
-        "transformers takes no draft model beside a static cache": workload.cache.implementation == "static",
+        "transformers supports a draft model only for one sequence at a time": workload.batch_size > 1,
+        "transformers does not support a draft model with a static cache": workload.cache.implementation == "static",
         f"its vocabulary has {its} words, and the model's {mine}": None not in (mine, its) and mine != its,
         "it would be given images and sound as well": bool(workload.inputs.images or workload.inputs.audio_seconds),
-        "it proposes tokens, and this model writes none": not prepared.graph.decodes,
-        "how far the context goes beside the draft's cache is not compared": prepared.strategy == "longest-context",
+        "it proposes tokens, but this model does not generate any": not prepared.graph.decodes,
+        "`longest-context` does not count the draft model's cache": prepared.strategy == "longest-context",
     }
     for problem, is_there in problems.items():
         if is_there:
             help = "leave `assistant` out, or change what is said there"
             span = None if assistant is None else assistant.span
-            sink.error("unfit-assistant", f"no draft model here: {problem}", span, help=help)
+            sink.error("unfit-assistant", f"a draft model is not possible here: {problem}", span, help=help)
 
 
 def _vocabulary(config: Mapping[str, Any]) -> int | None:

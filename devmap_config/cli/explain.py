@@ -227,11 +227,11 @@ def _room_for_context(longest: int, measurement: Measurement) -> str:
     """Return a sentence about the longest context, and what limits it."""
     positions, before = measurement.positions, measurement.workload.context_length
     if longest < before:
-        return f"The model is meant for {counted(longest, 'token')}, fewer than are asked for."
+        return f"The model was trained for {counted(longest, 'token')}, fewer than requested."
     if longest == positions.end:
         end = "the model's positions end"
     else:
-        end = "the model is not meant for more" if longest == positions.trained else "a device is full"
+        end = "the model was not trained for more" if longest == positions.trained else "a device is full"
     if longest == before:
         return f"The context cannot grow beyond {counted(before, 'token')}: {end}."
     return f"The context may grow from {before:,} to {counted(longest, 'token')} before {end}."
@@ -253,7 +253,7 @@ def _preference(plan: Plan) -> Iterator[str]:
             what = "token" if phase == "decode" else phase
             yield f"The fastest plan that was found takes {format_duration(fastest)} a {what}, {share}."
     if (wish := deciding_wish(plan)) is not None:
-        yield f"What decided for this one: {wish}."
+        yield f"This one was preferred because {wish}."
 
 
 def _pace(plan: Plan) -> Iterator[str]:
@@ -298,7 +298,7 @@ def _reasons(compiled: Compiled, name: str) -> Iterator[str]:
     if _rules_about(compiled.resolution, name, graph):
         yield last
         return
-    yield f"{last} Elsewhere, all else as it is:"
+    yield f"{last} Elsewhere, with all else unchanged:"
     others = alternatives_of(compiled, name)
     for other in others:
         yield f"- {_alternative(other, 'a token' if graph.decodes else 'a prefill')}"
@@ -318,7 +318,7 @@ def _place_of_cache(compiled: Compiled, name: str) -> Iterator[str]:
     here, places = "on the CPU while it does not run", "on the device on which it runs"
     where, elsewhere = (here, places) if is_offloaded else (places, here)
     costs = _costs(other, "a token" if graph.decodes else "a prefill")
-    yield f"The cache of `{block}` is {where}. Were it {elsewhere}, all else as it is: {costs}."
+    yield f"The cache of `{block}` is {where}. If it were {elsewhere}, with all else unchanged: {costs}."
 
 
 def why(compiled: Compiled, name: str) -> Iterator[str]:
@@ -330,7 +330,7 @@ def why(compiled: Compiled, name: str) -> Iterator[str]:
         from devmap_config.cli.stages_view import module_in_words
 
         yield from module_in_words(compiled, plan.pipeline, name)
-        yield from rules or [f"No rule is about it: `{plan.strategy}` cut the layers so."]
+        yield from rules or [f"No rule matches it: `{plan.strategy}` cut the layers this way."]
         return
     yield from rules
     if rules:
@@ -338,7 +338,7 @@ def why(compiled: Compiled, name: str) -> Iterator[str]:
     block = block_of(compiled.graph, name)
     if block != name:
         yield f"It is a part of the block `{block}`, which is placed as a whole."
-    yield f"No rule is about it: `{compiled.plan.strategy}` put it there."
+    yield f"No rule matches it: `{compiled.plan.strategy}` put it there."
 
 
 def alternatives_of(compiled: Compiled, name: str) -> tuple[Alternative, ...]:
@@ -368,7 +368,7 @@ def _rules_about(resolution: Resolution, name: str, graph: ModelGraph) -> list[s
             elif rule.keep_together:
                 lines.append(f"{_at(rule)} keeps its matches together.")
             else:
-                lines.append(f"{_at(rule)} matches as well, and loses: a deeper match, or a pin, comes first.")
+                lines.append(f"{_at(rule)} matches as well, but a deeper match or a pin outranks it.")
     return lines
 
 

@@ -148,7 +148,7 @@ def _table(rows: list[Row]) -> Iterator[Table | str]:
             table.add_row("" if number else row.machine, aim, *_figures(compiled))
     yield table
     if any(row.fastest and row.fastest.graph.measurement is None for row in rows):
-        yield "the profile names no workload: of the model only the weights are counted"
+        yield "the profile names no workload: only the model's weights are counted"
     rates = {basis: None for row in rows for compiled in row.plans.values() for basis in _rates(compiled)}
     if len(rates) == 1:
         yield f"these times rest on {next(iter(rates))} rates"

@@ -258,7 +258,7 @@ def _profile(asked: InitOptions, draft: ProfileDraft, compiled: Compiled | None 
     from devmap_config.profile.writing import link_lines, yaml_text
 
     sections: dict[str, dict[Device, DeviceSection]] = {}
-    hardware = ["# What is not listed here does not exist: nothing spills without a word.", "devices:"]
+    hardware = ["# What is not listed here does not exist: nothing spills silently.", "devices:"]
     for device, section in draft.devices.items():
         remark = "assumed: say what there is" if device in _assumed(asked, draft) else ""
         sections.setdefault(remark, {})[device] = section

@@ -174,7 +174,7 @@ def _sentence(demand: Demand) -> str:
     memory, free = demand.memory_bytes, demand.free_bytes
     if not demand.is_there:
         return f"{named}: {format_bytes(needed_bytes)} needed, and it is not there"
-    memory_in_words = f"{format_bytes(memory)} there" if memory is not None else "what is there is not known"
+    memory_in_words = f"{format_bytes(memory)} there" if memory is not None else "its memory is unknown"
     now = f", {format_bytes(free)} free now" if free is not None and demand.device != DISK else ""
     return f"{named}: {format_bytes(needed_bytes)} needed, {memory_in_words}{now}"
 

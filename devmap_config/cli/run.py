@@ -79,7 +79,7 @@ def run(
 
     _require_usable(prompt, receipt, options, chat=chat)
     if random_weights and (prompt or chat or image or audio):
-        raise click.UsageError("random weights have nothing to say: tokens of the planned length are made up for them")
+        raise click.UsageError("random weights take no input: made-up tokens of the planned length are used")
     sink, outcome, shows = Sink(), None, None
     with failures_told(profile, sink, options), passing_on(sink):
         given = _given(prompt, image, audio, chat=chat)
@@ -87,7 +87,7 @@ def run(
             deployment = prepare(profile, **options.of_request, needs_weights=not random_weights)
         deployment = replace(deployment, compiles=compiles)
         if receipt is not None:
-            require_model_alone(deployment, "a receipt is of a model alone")
+            require_model_alone(deployment, "a receipt covers only a model by itself")
         workload = deployment.compiled.loaded.profile.workload
         measurement = deployment.compiled.model.graph.measurement
         if not no_generate and random_weights:
@@ -157,7 +157,7 @@ def _require_usable(prompt: str | None, receipt: Path | None, options: ProfileOp
     if prompt is not None and not is_unicode(prompt):
         raise click.UsageError(f"the prompt is not UTF-8: `{prompt}`")
     if chat and prompt is None and options.output_format == "json":
-        raise click.UsageError("`--format json` prints one answer: say by `--prompt` to what")
+        raise click.UsageError("`--format json` prints one answer: give the prompt with `--prompt`")
 
 
 def _given(prompt: str | None, image: Path | None, audio: Path | None, *, chat: bool) -> UserInput:

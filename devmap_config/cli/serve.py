@@ -97,7 +97,7 @@ def _listen(
         ):
             echo(f"requests with images or sound are refused: {writer.media.reason}", err=True)
         if not service.is_local:
-            echo("whoever reaches this address can use the model: no key is asked for", err=True)
+            echo("anyone who can reach this address can use the model: no key is required", err=True)
         echo(f"`{service.model}` is served at {url}")
     with running(deployment.request):
         listen(service, listener)

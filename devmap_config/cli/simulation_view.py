@@ -49,7 +49,7 @@ def _outcome(simulation: Simulation) -> str:
         return "it runs"
     if simulation.mismatch is not None:
         return f"it does not run, in {simulation.mismatch.phase}"
-    return f"it cannot be told ({simulation.reason})"
+    return f"it could not be determined ({simulation.reason})"
 
 
 def _devices(plan: Plan, simulation: Simulation, unit_bytes: int, width: int) -> Iterator[Text | Table]:

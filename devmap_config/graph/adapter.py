@@ -199,7 +199,7 @@ def parse_config(value: object) -> AdapterConfig:
     if value.get("peft_type") != "LORA":
         kind = value.get("peft_type")
         found = f"`{kind[:40]}`" if isinstance(kind, str) else "of no kind that it names"
-        raise AdapterError(f"the adapter is {found}, and LoRA alone is known here (`peft_type`)", MERGE)
+        raise AdapterError(f"the adapter is {found}, and only LoRA is supported (`peft_type`)", MERGE)
     read = _Reader(value)
     targets, layers = read.names_or_expression("target_modules"), read.integers("layers_to_transform")
     if not targets:
@@ -238,7 +238,7 @@ def _as_names(value: str | tuple[str, ...]) -> tuple[str, ...]:
     return (value,) if isinstance(value, str) else value
 
 
-MEND = "mend it, or save the adapter anew"
+MEND = "correct it, or save the adapter again"
 
 
 @dataclass
@@ -316,7 +316,7 @@ class _Reader:
     def refuse_others(self) -> None:
         for key, value in self.values.items():
             if key not in self.known and key not in WITHOUT_EFFECT and value:
-                self.refuse(key[:80], "is not known here, and may add to the model", MERGE)
+                self.refuse(key[:80], "is not supported, and may change the model", MERGE)
 
 
 # -- what it adapts ----------------------------------------------------------------------------------------------------
@@ -469,7 +469,7 @@ def stored_names(adapter: LoraAdapter, graph: ModelGraph, *, must_be_there: bool
             del left[stored]
     if left:
         found_names = first_of([f"`{name}`" for name in left])
-        raise _misfit(f"holds what is nowhere in the adapted model: {found_names}")
+        raise _misfit(f"holds tensors that are not in the adapted model: {found_names}")
     return names
 
 

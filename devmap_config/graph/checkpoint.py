@@ -314,7 +314,9 @@ def _check_layout(header: Header, data_start: int, size_bytes: int, name: str) -
 
 
 def _unreadable(name: str, what: str) -> CheckpointError:
-    return CheckpointError("unreadable-checkpoint", f"`{name}` {what}", "get the file anew, or name another checkpoint")
+    return CheckpointError(
+        "unreadable-checkpoint", f"`{name}` {what}", "download the file again, or name another checkpoint"
+    )
 
 
 def first_floating_dtype(tensors: Iterable[StoredTensor]) -> str | None:

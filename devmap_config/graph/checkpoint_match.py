@@ -88,7 +88,7 @@ def judge(match: CheckpointMatch, config: Mapping[str, Any], allowed: frozenset[
     count = match.tensor_count
     parts = [
         _listed(f"of {count} tensors is missing", f"of {count} tensors are missing", [f"`{name}`" for name in missing]),
-        _listed("is stored otherwise", "are stored otherwise", [mismatch.text for mismatch in mismatched]),
+        _listed("is stored differently", "are stored differently", [mismatch.text for mismatch in mismatched]),
         unexpected,
     ]
     if not missing and not mismatched:
@@ -116,7 +116,8 @@ def _kind_of_mistake(
     if missing and not mismatched and all(any(is_within(name, head) for head in heads) for name in missing):
         listed, which = ", ".join(heads), "it is" if len(heads) == 1 else "they are"
         other = f"; to load what was saved, write `class: {saved}`" if is_other_class else ""
-        advice = f"if {which} to be trained, say so: `allow_new: [{listed}]` under `model`{other}; else get it anew"
+        allowing = f"`allow_new: [{listed}]` under `model`"
+        advice = f"if {which} to be trained, say so: {allowing}{other}; otherwise download it again"
         return f"one without {' and '.join(f'`{part}`' for part in heads)}", advice
     strange = len(missing) + len(match.unexpected)
     if strange * FEW > match.tensor_count and (match.unexpected or 2 * len(missing) > match.tensor_count):
@@ -125,8 +126,8 @@ def _kind_of_mistake(
     if not missing and all(mismatch.stored for mismatch in mismatched) and len(mismatched) != 1:
         return "one of another size", "name the folder whose config.json and weights are of one model"
     if missing and match.unexpected:
-        return "one with other names", "see which class and version saved it; else get it anew"
-    return "a damaged or unfinished one", "get the checkpoint anew: files are missing, cut off or changed"
+        return "one with other names", "see which class and version saved it; otherwise download it again"
+    return "a damaged or unfinished one", "download the checkpoint again: files are missing, cut off or changed"
 
 
 FEW = 5

@@ -83,7 +83,7 @@ def _asked(
             token=stated(model.config, *token_names),
             beside=media.beside,
         )
-    raise OtherInputsError(f"no features are made of what it is given: {first_line(error)}") from error
+    raise OtherInputsError(f"the model computes no features from these inputs: {first_line(error)}") from error
 
 
 def _feature_rows(model: PreTrainedModel, tensors: Tensors, kind: str) -> int:

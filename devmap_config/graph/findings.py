@@ -33,7 +33,7 @@ def report_positions(measurement: Measurement, span: Span | None, sink: Sink) ->
     elif positions.trained is not None and wanted > positions.trained:
         sink.warning(
             "context-too-long",
-            f"the model is meant for {positions.trained:,} tokens, by its config, and {wanted:,} are wanted",
+            f"the model was trained for {positions.trained:,} tokens, by its config, and {wanted:,} are wanted",
             span,
             help="it runs, but its output beyond that is seldom useful; to stretch its rotary positions, set"
             " `rope_parameters` in its config",
@@ -62,9 +62,9 @@ def report_media(measurement: Measurement, span: Span | None, sink: Sink) -> Non
     else:
         sink.warning(
             "untried-inputs",
-            f"the plan was not tried with images or sound: {media.reason}",
+            f"the plan was not tested with images or sound: {media.reason}",
             span,
-            help="text alone was measured: leave room on the device of the tower, and try it with `devmap run`",
+            help="only text was measured: leave room on the device of the tower, and try it with `devmap run`",
         )
 
 
@@ -78,7 +78,7 @@ def report_cache(measurement: Measurement, span: Span | None, sink: Sink) -> Non
     elif not measurement.measured:
         reason = f"how much a cache would take that is {said_of_cache(name)} is not known: {measurement.reason}"
     elif name != "quantized" and not any(cost.offloaded_bytes for cost in measurement.modules):
-        reason = f"nothing of this model's cache is ever {said_of_cache(name)}"
+        reason = f"no part of this model's cache is ever {said_of_cache(name)}"
     else:
         return
     sink.error("unfit-cache", reason, span, help="write `cache: dynamic`, or leave it out")

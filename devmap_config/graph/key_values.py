@@ -83,7 +83,7 @@ def layer_filled(model: PreTrainedModel, path: str) -> int:
     """
     layer = getattr(model.get_submodule(path), "layer_idx", None)
     if not isinstance(layer, int):
-        raise UnfitCacheError(f"`{path}` does not tell which layer of it it fills")
+        raise UnfitCacheError(f"`{path}` does not say which layer of the cache it fills")
     return layer
 
 

@@ -435,7 +435,7 @@ def _warn(loaded: LoadedProfile, model: LoadedModel, permissions: Permissions, s
     if loaded.profile.model.dtype.value == "auto" and source.checkpoint_dtype() is None:
         sink.warning(
             "unknown-dtype",
-            f"neither config nor checkpoint tells the dtype: {ASSUMED_DTYPE} is assumed",
+            f"neither config nor checkpoint states the dtype: {ASSUMED_DTYPE} is assumed",
             loaded.profile.model.dtype.span,
             help="write `dtype: bfloat16`, or what the checkpoint holds",
         )

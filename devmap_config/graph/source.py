@@ -257,7 +257,7 @@ def hub_source(
     except Exception as error:  # the errors of the hub's client have no common type
         reason = first_line(error) or type(error).__name__
         raise ModelNotFoundError(
-            f"`{repository}` is neither a local path nor to be had from the hub: {reason}"
+            f"`{repository}` is neither a local path nor available from the hub: {reason}"
         ) from error
     # The cache keeps files under `snapshots/<commit>/`.
     from devmap_config.graph.hub_checkpoint import hub_checkpoint
@@ -286,7 +286,7 @@ def hub_file(repository: str, name: str, commit: str) -> Path:
         return Path(hf_hub_download(repository, name, local_files_only=not _hub_answers(), **had_by))
     except Exception as error:  # the errors of the hub's client have no common type
         reason = first_line(error) or type(error).__name__
-        raise ModelNotFoundError(f"`{name}` of `{repository}` is not to be had from the hub: {reason}") from error
+        raise ModelNotFoundError(f"`{name}` of `{repository}` is not available from the hub: {reason}") from error
 
 
 def cached_checkpoint(repository: str, commit: str, config: Mapping[str, Any]) -> Checkpoint | None:

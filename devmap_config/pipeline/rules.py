@@ -239,7 +239,7 @@ def _beyond(decision: Decision, slot_of: Mapping[Device, Slot]) -> tuple[str, st
     rule, device = decision.rule, decision.device
     if decision.compute not in (None, device):
         return (
-            f"`{rule.text}` is to compute on {decision.compute}, and vLLM computes a layer where it is",
+            f"`{rule.text}` is to compute on {decision.compute}, but vLLM computes each layer where it is stored",
             "remove `compute`",
         )
     if device in slot_of:
@@ -262,7 +262,7 @@ def _check_order(wanted: Mapping[int, tuple[Device, Rule]], layers: Layers, slot
         if before is not None and slot_of[device] != slot_of[before[1]]:
             left.add(slot_of[before[1]])
             if hosts.index(device.host) < hosts.index(before[1].host):
-                message = f"`{rule.text}` is put on {device}, behind what is on {before[1]}, whose host comes later"
+                message = f"`{rule.text}` is put on {device}, after layers on {before[1]}, whose host comes later"
                 sink.error("beyond-vllm", message, rule.span, help="list the hosts in the order of their layers")
                 return
             if slot_of[device] in left:

@@ -123,7 +123,7 @@ def _told_of_budgets(
     if budgets is None or budgets.rounds is None:
         return findings
     rounds = counted(budgets.rounds, "round")
-    tried = f"no plan of `{strategy}` was found in {rounds} of lower budgets; with all that there is, "
+    tried = f"no plan of `{strategy}` was found in {rounds} of lower budgets; with the full capacities, "
     return tuple(
         replace(finding, message=tried + finding.message) if finding.code == "over-capacity" else finding
         for finding in findings

@@ -203,7 +203,7 @@ def derive_pipeline(lock: Lock, prepared: Prepared) -> Plan:
     for slot in slots:
         ranks[slot[0].id.host] = ranks.get(slot[0].id.host, 0) + 1
     if len(set(ranks.values())) > 1:
-        raise LockError("its hosts have not as many ranks each")
+        raise LockError("its hosts have different numbers of ranks")
     return _plan(prepared, problem, slots, bounds)
 
 
@@ -211,7 +211,7 @@ def broken_stages(plan: Plan, prepared: Prepared) -> list[str]:
     """Return what is wrong with the stages of a plan: rules that they break, and requests that do not fit."""
     pipeline, stated = plan.pipeline, pipeline_problem(prepared, Sink())
     if pipeline is None or stated is None:
-        return ["its profile poses no such problem"]
+        return ["its profile cannot be cut into stages"]
     problem = stated.problem
     by_devices = {_ids(slot): slot for slot in problem.slots}
     slots = [by_devices[stage.devices] for stage in pipeline.stages]

@@ -175,8 +175,8 @@ def _memory(demand: Demand) -> Iterator[Diagnostic]:
         yield Diagnostic.error(
             "memory-held",
             f"{demand.device} has {format_bytes(demand.free_bytes)}{held} free now, and {needed}",
-            help="end what holds the rest; if it stays, write it into the profile as the device's `reserve`, "
-            "and compile again",
+            help="stop the processes that hold the rest; if they must stay, state their memory in the profile, as the"
+            " device's `reserve`, and compile again",
         )
 
 

@@ -120,7 +120,7 @@ def warn_of_kept_tensors(kept: Placement, plan: Plan, loaded: LoadedProfile, sin
         "stranded-tensor",
         f"nothing would bring {patterns} to where it is used, so it is kept on {plan.main_device}",
         loaded.profile.placement.strategy.span,
-        help="nothing is to be done; a pin says the same",
+        help="nothing needs to be done; a pin would say the same",
     )
 
 

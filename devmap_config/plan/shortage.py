@@ -188,7 +188,7 @@ def _report_unplaced(
         "over-capacity",
         f"{what}{_cause(problem)}",
         _cause_span(prepared.loaded),
-        label=f"`{infeasible.unplaced[0]}` is the first that is left over" if infeasible.unplaced else None,
+        label=f"`{infeasible.unplaced[0]}` is the first that does not fit" if infeasible.unplaced else None,
         help=_mend(problem, prepared.strategy, trials),
     )
 

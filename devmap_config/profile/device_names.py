@@ -90,7 +90,7 @@ def _expanded(text: str, kind: str, kinds: tuple[str, ...]) -> tuple[Device, ...
     match = _NAME.fullmatch(text)
     if match is None:
         if _BEYOND_ANY.fullmatch(text):
-            raise DeviceNameError(f"`{text}` is beyond the devices of any machine", "name those that there are")
+            raise DeviceNameError(f"`{text}` is beyond the devices of any machine", "name only devices that exist")
         if text in ACCELERATOR_KINDS:
             raise DeviceNameError(f"`{text}` does not say which one", f'write `{text}:0`, or `"{text}:[0-1]"` for two')
         raise DeviceNameError(f"`{text}` is not a device", _advice(text))
@@ -161,7 +161,7 @@ def _indices(items: str) -> list[int]:
             )
         indices |= dict.fromkeys(range(start, end + 1))
         if len(indices) > MAX_DEVICES or items.count(",") >= MAX_DEVICES:
-            raise DeviceNameError(f"`{items}` names more than {MAX_DEVICES} devices", "name those that there are")
+            raise DeviceNameError(f"`{items}` names more than {MAX_DEVICES} devices", "name only devices that exist")
     return list(indices)
 
 

@@ -142,7 +142,7 @@ def _device(value: object) -> Device:
     except DeviceNameError as error:
         raise refusal("bad-device-name", error.message, error.help) from None
     if len(devices) > 1:
-        message = f"`{value}` is several devices, and one is wanted here"
+        message = f"`{value}` names several devices, but only one is allowed here"
         raise refusal("bad-device-name", message, f"write `{devices[0]}`")
     return devices[0]
 

@@ -164,7 +164,7 @@ def _expand(mapping: MappingNode, kind: str, sink: Sink, host: str = "") -> Mapp
         if not names or are_too_many:
             entries[entry.key.text] = replace(entry, key=replace(entry.key, is_unrendered=True))
         if are_too_many:
-            message, help = f"more than {MAX_DEVICES} devices are named", "name those that there are"
+            message, help = f"more than {MAX_DEVICES} devices are named", "name only devices that exist"
             sink.error("too-large", message, entry.key.span, help=help)
             break
         alike = [name for name in names if name in written and is_range(written[name].text) == is_range(entry.key.text)]

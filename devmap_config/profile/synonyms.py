@@ -51,9 +51,9 @@ WORDS = {
 """The names of other tools, by section and key of a profile."""
 
 NO_TRAINING = (
-    "a map is for running a model, and not for training it: a plan has no room for gradients and an optimizer's states,"
-    " and what is copied in at every forward gets none; train where the devices hold all of it, and name the adapter"
-    " that comes of it as `model.adapter`"
+    "a plan is for inference, not for training: it has no room for gradients and optimizer states, and weights that are"
+    " copied in at every forward get no gradients; train on devices that hold the whole model, and name the resulting"
+    " adapter as `model.adapter`"
 )
 
 TRAINING = (

@@ -197,7 +197,7 @@ class _Adoption:
         key = self.reading.taken_by.get(other)
         self.sink.warning(
             "split-tie",
-            f"the map has `{group[0]}` on {homes[group[0]]} and `{other}` on {homes[other]}, and they are one tensor:"
+            f"the map has `{group[0]}` on {homes[group[0]]} and `{other}` on {homes[other]}, but they are one tensor:"
             f" {what}",
             self.file if key is None else self.entries[key].span,
             help=f"the profile has both on {device}; give them one device in the map",

@@ -448,7 +448,7 @@ def load_adapted(deployment: Deployment) -> Any:
     return adapted or model
 
 
-ANEW = "get the checkpoint anew, and empty the offload folder"
+ANEW = "download the checkpoint again, and empty the offload folder"
 
 
 def _require_loaded(loaded: Loaded, deployment: Deployment, compiled: LoadedModel) -> None:

@@ -189,7 +189,7 @@ class Service:
         form.
         """
         if self.is_local and not _names_this_machine(request.headers.get("host", "")):
-            raise RequestError("the server listens to this machine alone, by its own names", status=403)
+            raise RequestError("the server answers only this machine, by its own names", status=403)
 
     async def _refused(self, _request: Request, error: Any) -> Response:
         if isinstance(error, HTTPException):  # starlette's own: an unknown path or method
@@ -221,7 +221,7 @@ async def _body(request: Request) -> bytes:
         RequestError: if it is not JSON, by its header, or too large.
     """
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
-        raise RequestError("the body is to be `application/json`", status=415)
+        raise RequestError("the body must be `application/json`", status=415)
     body = bytearray()
     async for part in request.stream():
         body += part

@@ -271,7 +271,7 @@ def _normalized(body: Mapping[str, Any]) -> dict[str, Any]:
         fields["stop"] = [fields["stop"]]
     if isinstance(prompt := fields.get("prompt"), list):
         if len(prompt) != 1 or not isinstance(prompt[0], str):
-            raise RequestError("`prompt` is to be one text: several, or tokens, are not supported", param="prompt")
+            raise RequestError("`prompt` must be one text: several texts, or tokens, are not supported", param="prompt")
         fields["prompt"] = prompt[0]
     if isinstance(messages := fields.get("messages"), list):
         fields["messages"] = [_in_parts(message) for message in messages]

@@ -202,9 +202,9 @@ def _tell_what_is_kept(together: Together, prepared: Prepared, plans: tuple[Plan
         f"the model does not run as `{strategy}` placed it{_beside(rules)}: it needs {' and '.join(needs)}"
         + _moves(*plans, graph),
         prepared.loaded.profile.placement.strategy.span,
-        help="nothing is to be done; a pin with `keep_together: true` says the same",
+        help="nothing needs to be done; a pin with `keep_together: true` would say the same",
         related=tuple(
-            Related(message=f"what is kept together with this goes along to {rule.device}", span=rule.span)
+            Related(message=f"what is kept together with this moves along to {rule.device}", span=rule.span)
             for rule in rules
         ),
     )
@@ -284,5 +284,5 @@ def _warn_without_torch(loaded: LoadedProfile, sink: Sink) -> None:
         "not-simulated",
         "the plan was not dry-run: torch is not installed",
         loaded.profile.model.source.span,
-        help="compile with `--vendor` where torch is, or pass `--no-simulate`",
+        help="compile with `--vendor` where torch is installed, or pass `--no-simulate`",
     )

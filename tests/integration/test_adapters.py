@@ -195,7 +195,7 @@ def test_the_one_that_ships_says_its_sentence():
         ("random/config.json", "`random/config.json` is not a folder"),
         ("../elsewhere", "`../elsewhere` lies outside of the repository"),
         ("someone/lora", "its commit is not named"),
-        (f"{{source: someone/lora, revision: {'0' * 40}}}", "is not to be had from the hub"),
+        (f"{{source: someone/lora, revision: {'0' * 40}}}", "is not available from the hub"),
     ],
 )
 def test_an_adapter_that_is_not_there_is_told(adapter, told, workspace):

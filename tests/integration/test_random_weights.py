@@ -220,7 +220,7 @@ def test_a_failed_run_leaves_no_random_weights(temporary, monkeypatch):
 
 def test_a_prompt_for_random_weights_is_refused(temporary):
     write_profile("llama")
-    with pytest.raises(click.UsageError, match="random weights have nothing to say"):
+    with pytest.raises(click.UsageError, match="random weights take no input"):
         run("--prompt", "hello")
 
 

@@ -444,7 +444,7 @@ DAMAGE = {
     "reshaped": (lambda tensors: tensors.update({LAST: torch.zeros(96, 64)}), "is 96 × 64, and 128 × 64 in the model"),
     "integers": (
         lambda tensors: tensors.update({LAST: torch.zeros(128, 64, dtype=torch.int8)}),
-        "1 is stored otherwise (`model.layers.5.mlp.up_proj.weight` is 128 × 64 of int8, and 128 × 64 of bfloat16",
+        "1 is stored differently (`model.layers.5.mlp.up_proj.weight` is 128 × 64 of int8, and 128 × 64 of bfloat16",
     ),
     "another model": (another_model, "looks like another model: 57 of 57 tensors are missing"),
     "another size": (
@@ -455,7 +455,7 @@ DAMAGE = {
         lambda tensors: tensors.update(
             {name: torch.zeros(200, 64) for name in ("lm_head.weight", "model.embed_tokens.weight")}
         ),
-        "one of another size: 2 are stored otherwise",
+        "one of another size: 2 are stored differently",
     ),
     "without its head": (lambda tensors: tensors.pop("lm_head.weight"), "`allow_new: [lm_head]`"),
 }
@@ -500,9 +500,7 @@ def test_a_new_head_is_accepted_with_allow_new(llama):
     profile = ON_CPU.replace("random", "random, class: LlamaForSequenceClassification")
     Path("profile.yaml").write_text(profile)
     done = invoke(compile_command, ["profile.yaml"])
-    help = (
-        "`allow_new: [score]` under `model`; to load what was saved, write `class: LlamaForCausalLM`; else get it anew"
-    )
+    help = "`allow_new: [score]` under `model`; to load what was saved, write `class: LlamaForCausalLM`; otherwise"
     assert (done.return_value, help in " ".join(done.stderr.split())) == (1, True)
     write_profile(profile.replace("Classification}", "Classification, allow_new: [score]}"))
     ran = invoke(run_model, ["profile.yaml"])

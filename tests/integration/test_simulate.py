@@ -221,7 +221,7 @@ def test_a_pin_that_decides_for_the_kept_together_blocks_is_shown(workspace):
     compilation = pipeline(trust_remote_code=True)
     [warning] = compilation.diagnostics
     [related] = warning.related
-    assert (related.span.line, related.message) == (4, "what is kept together with this goes along to cuda:0")
+    assert (related.span.line, related.message) == (4, "what is kept together with this moves along to cuda:0")
     assert {compilation.plan.placement[f"transformer.layers.{index}"] for index in range(4)} == {0}
 
 

@@ -114,7 +114,7 @@ LORA = {"peft_type": "LORA", "target_modules": ["q_proj"]}
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        ({"peft_type": "LOHA"}, "the adapter is `LOHA`, and LoRA alone is known"),
+        ({"peft_type": "LOHA"}, "the adapter is `LOHA`, and only LoRA is supported"),
         ({"peft_type": ["LORA"]}, "the adapter is of no kind that it names"),
         ({"target_modules": None}, "`target_modules` in `adapter_config.json` names no modules"),
         ({"target_modules": ["q_proj", {"a": 1}]}, r"`target_modules\[1\]` .* is not the name of a module"),
@@ -133,8 +133,8 @@ LORA = {"peft_type": "LORA", "target_modules": ["q_proj"]}
         ({"modules_to_save": [[]]}, r"`modules_to_save\[0\]` .* is not the name of a module"),
         ({"init_lora_weights": "pissa"}, "`init_lora_weights` .* changes the model's own weights"),
         ({"init_lora_weights": {}}, "`init_lora_weights` .* changes the model's own weights"),
-        ({"use_qalora": True}, "`use_qalora` .* is not known here"),
-        ({"target_parameters": ["experts.gate_up_proj"]}, "`target_parameters` .* is not known here"),
+        ({"use_qalora": True}, "`use_qalora` .* is not supported"),
+        ({"target_parameters": ["experts.gate_up_proj"]}, "`target_parameters` .* is not supported"),
         ({"target_modules": ".*", "layers_to_transform": [1]}, "`layers_to_transform` .* has no effect"),
     ],
 )

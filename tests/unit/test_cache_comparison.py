@@ -69,7 +69,7 @@ def test_a_cache_that_cannot_be_offloaded_is_reported_with_the_reason():
     profile = written(memory="2MiB", text=PROFILE.replace(", cpu: {memory: 1GiB}", ""))
     (said,) = compared(profile)["explanation"]
     assert said == (
-        "With the cache offloaded, there is no plan: the cache is to be on the CPU, and the profile lists none:"
+        "With the cache offloaded, there is no plan: the cache should be on the CPU, but the profile does not list it:"
         " what is not listed does not exist."
     )
 

@@ -301,7 +301,7 @@ def test_the_fastest_plans_time_is_between_bound_and_plan(workspace):
     story = " ".join(CliRunner().invoke(devmap, ["explain", "p.yaml"]).output.split())
     share = 100 * (decode - fastest) / decode
     assert f"The fastest plan that was found takes {format_duration(fastest)} a token, {share:.1f} % less." in story
-    assert "What decided for this one: the context may grow to 49 tokens instead of " in story
+    assert "This one was preferred because the context may grow to 49 tokens instead of " in story
     assert check_one(Path("p.yaml"), OPTIONS, proves=True).state == "fresh"
     for other, said in (
         (decode, f"is {decode:,}, and the plan takes {decode:,}"),

@@ -139,9 +139,9 @@ MISTAKES = [
         "{context_length: 64, train: true}",
         "train",
         "unknown-key",
-        "and not for training it: a plan has no room",
+        "not for training: it has no room",
     ),
-    (WORKLOAD, "{context_length: 64, optimizer: adamw}", "optimizer", "unknown-key", "and not for training it"),
+    (WORKLOAD, "{context_length: 64, optimizer: adamw}", "optimizer", "unknown-key", "not for training"),
     (MODEL, "{source: models/llama, lora: lora}", "lora", "unknown-key", "did you mean `adapter`?"),
     (MODEL, "{source: models/llama, draft_model: models/llama}", "draft_model", "unknown-key", "mean `assistant`?"),
     (

@@ -344,4 +344,4 @@ def test_alternatives_are_those_of_the_whole_block(data):
     text = page_of([report], version="1")
     part = next(run_ for run_ in report["runs"] if run_["mode"] == "computed-on-cpu")
     assert (part["first"], part["block"]) == ("model.layers.5.mlp", "model.layers.5")
-    assert "<code>model.layers.5</code> elsewhere, all else as it is" in text
+    assert "<code>model.layers.5</code> elsewhere, with all else unchanged" in text
