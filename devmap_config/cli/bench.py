@@ -44,7 +44,7 @@ def bench(
     from devmap_config.diagnostics.diagnostic import Sink
     from devmap_config.diagnostics.overheard import passing_on
     from devmap_config.runner.benchmark import jobs_of, run_benchmark
-    from devmap_config.runner.demonstration import planned_generation, require_fit_class, tell_of_text_alone
+    from devmap_config.runner.demonstration import planned_generation, require_fit_class, warn_of_text_only
     from devmap_config.runner.inputs import UserInput
     from devmap_config.runner.runner import notices, prepare, require_model_alone
 
@@ -57,7 +57,7 @@ def bench(
         generation = planned_generation(workload, new_tokens, graph.measurement, decodes=graph.decodes)
         if generation.prompts.besides is None:
             require_fit_class(deployment.request, UserInput())
-        tell_of_text_alone(graph.measurement, sink)
+        warn_of_text_only(graph.measurement, sink)
         sink.report_all(notices(deployment, asks_machine=True))
         if random_weights:
             deployment = click.get_current_context().with_resource(
@@ -85,7 +85,7 @@ WIDE = 70
 def _lines(benchmark: Benchmark, deployment: Deployment, width: int) -> Iterator[str | Table]:
     """Yield what was measured, the measurements, and the loaders that failed."""
     from devmap_config.cli.plan_table import media_in_words, weights_in_words
-    from devmap_config.cli.predictions import predicted, said_of_bases
+    from devmap_config.cli.predictions import bases_in_words, predicted
 
     prompts, new_tokens = benchmark.generation.prompts, benchmark.generation.new_tokens
     model = deployment.compiled.model
@@ -104,7 +104,7 @@ def _lines(benchmark: Benchmark, deployment: Deployment, width: int) -> Iterator
         yield f"{result.loader}: {held if result.failure is None else result.failure}"
     if bases := deployment.compiled.time_bases:
         yield f"{predicted(deployment.plan)}, for the workload of the profile"
-        yield said_of_bases(bases, deployment.plan.prediction)
+        yield bases_in_words(bases, deployment.plan.prediction)
     yield f"auto was given as much room for weights as the plan has: {_amounts(benchmark.max_memory)}"
     if benchmark.is_too_noisy:
         yield "too noisy: the same, measured twice, differed by so many times; end what else runs, or add `--rounds`"

@@ -133,7 +133,7 @@ def comparison_table(every: list[CacheComparison]) -> Iterator[Table | str]:
     for comparison in every:
         table.add_row(f"{comparison.context_length:,}", *(text for plan in comparison.plans for text in _figures(plan)))
     yield table
-    yield from said_of_caches(every)
+    yield from cache_comparison_in_words(every)
     rates = {
         basis.rates: None
         for comparison in every
@@ -145,7 +145,7 @@ def comparison_table(every: list[CacheComparison]) -> Iterator[Table | str]:
         yield f"These times rest on {' and '.join(rates)} rates."
 
 
-def said_of_caches(every: list[CacheComparison]) -> Iterator[str]:
+def cache_comparison_in_words(every: list[CacheComparison]) -> Iterator[str]:
     """Yield sentences about the context from which one cache is better, or that only one of them has a plan."""
     for number, where in enumerate(PLACES):
         if all(comparison.plans[number] is None for comparison in every):

@@ -57,7 +57,7 @@ def calibrate(files: tuple[Path, ...], output_format: str) -> None:
     }
     report((), {}, output_format, data=data)
     if output_format == "table":
-        for line in (*_found_how(calibration), *_yaml("hardware", block), *_table(calibration.residuals)):
+        for line in (*_origin_lines(calibration), *_yaml("hardware", block), *_table(calibration.residuals)):
             echo(line)
 
 
@@ -128,7 +128,7 @@ def _is_fitted(rate: int) -> bool:
     return basis_of(rate) == "calibrated"
 
 
-def _found_how(calibration: Calibration) -> Iterator[str]:
+def _origin_lines(calibration: Calibration) -> Iterator[str]:
     """Yield, as comments, the receipts that the rates were fitted to, and the rates that share one factor."""
     receipts = len(dict.fromkeys(residual.run.receipt for residual in calibration.residuals))
     own = f"{counted(len(calibration.residuals), 'time')} of {counted(receipts, 'receipt')}"

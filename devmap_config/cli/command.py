@@ -124,10 +124,10 @@ def _as_finding(error: DevmapError | click.UsageError) -> DevmapError:
 
 def command(name: str, *formats: str) -> Callable[[Function], Command]:
     """Make a command of a function; if there are formats, it has the option `--format`, whose default is the first."""
-    return lambda function: _made(name, function, *formats)
+    return lambda function: _command_of(name, function, *formats)
 
 
-def _made(name: str, function: Function, *formats: str, options: tuple[Decorator, ...] = ()) -> Command:
+def _command_of(name: str, function: Function, *formats: str, options: tuple[Decorator, ...] = ()) -> Command:
     """Return a command whose shared options are listed after its own."""
     made = click.command(name, cls=Command, context_settings={"help_option_names": ["-h", "--help"]})(function)
     for option in (format_option(*formats), *options) if formats else options:
@@ -206,7 +206,7 @@ def profile_command(name: str, *formats: str, argument: Decorator = profile_argu
                 values["profile"] = profile_of(values["profile"])
             return function(options=ProfileOptions(permissions=permissions, **given), **values)
 
-        return _made(name, argument(run), *formats, options=shared)
+        return _command_of(name, argument(run), *formats, options=shared)
 
     return decorate
 

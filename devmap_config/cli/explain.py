@@ -55,7 +55,7 @@ def explain(subject: str, options: ProfileOptions, module: str | None, compares_
             _explain_plan(compiled, module, options)
     elif subject not in CODES:
         message = f"there is no diagnostic `{subject}`, and no profile of that name"
-        raise click.UsageError(message + _meant(subject, CODES))
+        raise click.UsageError(message + _suggestion(subject, CODES))
     elif module is not None:
         raise click.UsageError("a module is explained in a profile: `devmap explain PROFILE MODULE`")
     elif options.output_format == "json":
@@ -66,20 +66,20 @@ def explain(subject: str, options: ProfileOptions, module: str | None, compares_
 
 def _compare_caches(compiled: Compiled, profile: Path, options: ProfileOptions) -> None:
     """Print the time of a token by context, with the cache on the model's devices and offloaded."""
-    from devmap_config.cli.caches import compared_caches, comparison_table, said_of_caches
+    from devmap_config.cli.caches import cache_comparison_in_words, compared_caches, comparison_table
     from devmap_config.cli.reporting import print_lines
 
     comparisons = compared_caches(compiled, profile, options)
     data = {
         "caches": [comparison.to_json() for comparison in comparisons],
-        "explanation": list(said_of_caches(comparisons)),
+        "explanation": list(cache_comparison_in_words(comparisons)),
     }
     options.report(compiled.diagnostics, compiled.texts, {"plan": compiled.to_json(), **data})
     if options.shows_tables:
         print_lines(lambda _: comparison_table(comparisons))
 
 
-def _meant(name: str, known: Iterable[str]) -> str:
+def _suggestion(name: str, known: Iterable[str]) -> str:
     close = closest(name, known)
     return f"; did you mean `{close}`?" if close else ""
 
@@ -110,7 +110,7 @@ def _explain_plan(compiled: Compiled, module: str | None, options: ProfileOption
     graph = compiled.graph
     if module is not None and module not in graph.modules and module not in graph.tensors:
         raise click.UsageError(
-            f"{graph.class_name} has no `{module}`{_meant(module, [*graph.modules, *graph.tensors])}"
+            f"{graph.class_name} has no `{module}`{_suggestion(module, [*graph.modules, *graph.tensors])}"
         )
     lines = list(story(compiled) if module is None else _reasons(compiled, module))
     if options.output_format == "json":
@@ -130,7 +130,7 @@ def story(compiled: Compiled) -> Iterator[str]:
     """Yield an explanation of the plan in about ten lines."""
     from devmap_config.cli.companions import companion_lines
     from devmap_config.cli.plan_table import memory_in_words, weights_in_words
-    from devmap_config.cli.predictions import how_to_give, no_plan, said_of_bases, said_of_missing
+    from devmap_config.cli.predictions import how_to_give, no_plan, bases_in_words, missing_in_words
 
     plan, model, graph = compiled.plan, compiled.model, compiled.graph
     if plan.pipeline is not None:
@@ -153,10 +153,10 @@ def story(compiled: Compiled) -> Iterator[str]:
     yield from _pace(plan)
     yield from _predictions(plan.prediction, graph, no_plan(compiled))
     if bases := compiled.time_bases:
-        sentence = said_of_bases(bases, plan.prediction)
+        sentence = bases_in_words(bases, plan.prediction)
         yield f"{sentence[0].upper()}{sentence[1:]}."
     if missing := compiled.missing_figures:
-        sentence = said_of_missing(missing)
+        sentence = missing_in_words(missing)
         yield f"{sentence[0].upper()}{sentence[1:]}: {how_to_give(missing, compiled.loaded.profile.hardware)}."
     if plan.prediction.longest_context is not None and graph.measurement is not None:
         yield _room_for_context(plan.prediction.longest_context, graph.measurement)

@@ -52,7 +52,7 @@ def export(
     if exists(folder) and not is_folder(folder):
         raise click.UsageError(f"`{folder}` is not a folder")
     lock, compiled = _locked(profile, options)
-    made = _made(program, compiled, lock, folder, weights)
+    made = _exported(program, compiled, lock, folder, weights)
     if python is not None:
         made = _checked(made, python, compiled)
     _write(made.files, folder, force=force)
@@ -94,7 +94,7 @@ def _locked(profile: Path, options: ProfileOptions) -> tuple[Lock, Compiled]:
     return lock, compilation
 
 
-def _made(program: str, compiled: Compiled, lock: Lock, folder: Path, weights: str | None) -> Export:
+def _exported(program: str, compiled: Compiled, lock: Lock, folder: Path, weights: str | None) -> Export:
     """Return the files for a program.
 
     Raises:

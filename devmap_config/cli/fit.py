@@ -12,7 +12,7 @@ from devmap_config.amounts import format_bytes, format_duration
 from devmap_config.cli.command import CommandError, Mistakes, ProfileOptions, profile_command
 from devmap_config.cli.exit_codes import ExitCode
 from devmap_config.cli.machines import MACHINE_HELP, is_of_machine, machine_of
-from devmap_config.cli.predictions import how_to_give, said_of_missing
+from devmap_config.cli.predictions import how_to_give, missing_in_words
 from devmap_config.cli.progress import progress
 from devmap_config.devices import CPU
 from devmap_config.hardware.constants import PROCESS_ANONYMOUS_BYTES
@@ -158,7 +158,7 @@ def _table(rows: list[Row]) -> Iterator[Table | str]:
     for row in rows:
         if row.fastest is not None and (missing := row.fastest.missing_figures):
             how = how_to_give(missing, row.fastest.loaded.profile.hardware)
-            yield f"{row.machine}: {said_of_missing(missing)}; in a YAML file with a `hardware:` block, {how}"
+            yield f"{row.machine}: {missing_in_words(missing)}; in a YAML file with a `hardware:` block, {how}"
         yield from _passed_over(row)
         if row.reason is not None:
             yield f"{row.machine} does not fit: {row.reason}"

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from rich.text import Text
 
 from devmap_config.amounts import MEBIBYTE, counted, format_bytes, largest_unit
-from devmap_config.cli.predictions import how_to_give, no_plan, predicted, said_of_bases, said_of_missing
+from devmap_config.cli.predictions import how_to_give, no_plan, predicted, bases_in_words, missing_in_words
 from devmap_config.cli.stages_view import stage_lines
 from devmap_config.cli.tables import listing
 from devmap_config.devices import DISK
@@ -47,7 +47,7 @@ def plan_lines(compiled: Compiled, width: int) -> Iterator[Text | Table]:
         running = (use.kv_cache_bytes, use.activation_bytes, use.overhead_bytes)[: len(running_headings)]
         sizes = (use.capacity_bytes, use.weights_bytes, *running, use.free_bytes)
         figures = (f"{size_bytes / unit_bytes:,.1f}" for size_bytes in sizes)
-        rows.append(((str(use.id), *figures), _held(plan, use.id)))
+        rows.append(((str(use.id), *figures), _contents(plan, use.id)))
     headings = ("capacity", "weights", *running_headings, "free")
     yield from listing(rows, width, names=("device",), figures=headings, rest="holds")
     yield from _notes(compiled)
@@ -67,7 +67,7 @@ def weights_in_words(model: LoadedModel, plan: Plan) -> str:
     return words
 
 
-def _held(plan: Plan, device: Device) -> list[str]:
+def _contents(plan: Plan, device: Device) -> list[str]:
     units = [
         assignment.unit or "everything" for assignment in plan.assignments if assignment.location.stored_on == device
     ]
@@ -83,9 +83,9 @@ def _notes(compiled: Compiled) -> Iterator[Text]:
     if sentence := predicted(plan, no_plan(compiled)):
         yield Text(sentence)
     if bases := compiled.time_bases:
-        yield Text(said_of_bases(bases, plan.prediction), style="dim")
+        yield Text(bases_in_words(bases, plan.prediction), style="dim")
     if missing := compiled.missing_figures:
-        yield Text(f"{said_of_missing(missing)}: {how_to_give(missing, compiled.loaded.profile.hardware)}")
+        yield Text(f"{missing_in_words(missing)}: {how_to_give(missing, compiled.loaded.profile.hardware)}")
     if besides := _besides_text(model):
         yield Text(besides)
     if plan.strategy in TRANSFORMERS_STRATEGIES and plan.measured and len(plan.devices) > 1:

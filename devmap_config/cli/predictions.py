@@ -68,7 +68,7 @@ def how_to_give(missing: Mapping[Phase, tuple[MissingFigureError, ...]], hardwar
     return f"{card}write (for example) {written}, or take what `devmap probe --measure` finds"
 
 
-def said_of_missing(missing: Mapping[Phase, tuple[MissingFigureError, ...]]) -> str:
+def missing_in_words(missing: Mapping[Phase, tuple[MissingFigureError, ...]]) -> str:
     """Return a sentence about the times that are not predicted, and the missing figures of the machine."""
     # A prefill needs all figures of a token, and more.
     figures = figures_in_words(missing.get("prefill") or missing["decode"])
@@ -77,7 +77,7 @@ def said_of_missing(missing: Mapping[Phase, tuple[MissingFigureError, ...]]) -> 
     return f"without {named}, {unit} is predicted"
 
 
-def said_of_bases(bases: Mapping[Phase, TimeBasis], prediction: Prediction) -> str:
+def bases_in_words(bases: Mapping[Phase, TimeBasis], prediction: Prediction) -> str:
     """Return a sentence about the basis of the predicted times, and the range of measured runs."""
     rates = {UNITS[phase]: basis.rates for phase, basis in bases.items()}
     if len(set(rates.values())) == 1:

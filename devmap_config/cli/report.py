@@ -69,7 +69,7 @@ def report(
     texts: dict[str, str] = {}
     for path in named:
         with mistakes.collected():
-            told, its_texts = _told(profile_of(path), options)
+            told, its_texts = _report_data(profile_of(path), options)
             reports.append(told)
             texts |= its_texts
     diff: dict[str, Any] | None = None
@@ -118,7 +118,7 @@ def _difference(before: str, after: str, options: ProfileOptions) -> dict[str, A
     return difference_of(sides_of(before, after, options.permissions)).to_json()
 
 
-def _told(profile: Path, options: ProfileOptions) -> tuple[dict[str, Any], dict[str, str]]:
+def _report_data(profile: Path, options: ProfileOptions) -> tuple[dict[str, Any], dict[str, str]]:
     """Return the combined output of commands on a profile with `--format json`, and the texts of its files.
 
     Raises:

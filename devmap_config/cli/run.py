@@ -82,7 +82,7 @@ def run(
         raise click.UsageError("random weights take no input: made-up tokens of the planned length are used")
     sink, outcome, shows = Sink(), None, None
     with failures_told(profile, sink, options), passing_on(sink):
-        given = _given(prompt, image, audio, chat=chat)
+        given = _user_input(prompt, image, audio, chat=chat)
         with stages_shown(quiet=not options.shows_tables):
             deployment = prepare(profile, **options.of_request, needs_weights=not random_weights)
         deployment = replace(deployment, compiles=compiles)
@@ -107,7 +107,7 @@ def run(
     if shows is not None:
         with failures_told(profile, sink, options), passing_on(sink), assisted(model, deployment):
             writes = options.output_format == "table" and not random_weights
-            outcome = _shown(replace(shows, sink=sink), model, given, writes=writes)
+            outcome = _demonstrated(replace(shows, sink=sink), model, given, writes=writes)
     figures = _figures(outcome, deployment, load.seconds)
     output = None if outcome is None or random_weights else outcome.output.value
     if receipt is not None:
@@ -119,7 +119,7 @@ def run(
             _write_receipt(receipt, deployment, model, load, generates)
     options.report(to_tell(sink, options), {}, {**facts(deployment), "output": output, **figures})
     if options.shows_tables:
-        for line in (*_told(figures), *(() if receipt is None else (f"wrote {receipt}",))):
+        for line in (*_figure_lines(figures), *(() if receipt is None else (f"wrote {receipt}",))):
             echo(line, err=True)
 
 
@@ -160,7 +160,7 @@ def _require_usable(prompt: str | None, receipt: Path | None, options: ProfileOp
         raise click.UsageError("`--format json` prints one answer: give the prompt with `--prompt`")
 
 
-def _given(prompt: str | None, image: Path | None, audio: Path | None, *, chat: bool) -> UserInput:
+def _user_input(prompt: str | None, image: Path | None, audio: Path | None, *, chat: bool) -> UserInput:
     """Return the input for the model; a chat that has not begun has an empty message."""
     from devmap_config.files import FileError
     from devmap_config.runner.inputs import UserInput
@@ -175,7 +175,7 @@ def _given(prompt: str | None, image: Path | None, audio: Path | None, *, chat: 
     return UserInput(prompt=prompt, messages=({"role": "user", "content": prompt or ""},) if chat else (), **media)
 
 
-def _shown(shows: Demonstrator, model: Any, given: UserInput, *, writes: bool) -> Demonstration | None:
+def _demonstrated(shows: Demonstrator, model: Any, given: UserInput, *, writes: bool) -> Demonstration | None:
     """Return the model's output, the last one of a chat, and write text to stdout as it is generated."""
     escaped = EscapedStream(sys.stdout)  # while a model runs, other output to stdout goes to stderr
 
@@ -233,7 +233,7 @@ def _figures(outcome: Demonstration | None, deployment: Deployment, load_seconds
     }
 
 
-def _told(figures: Mapping[str, Any]) -> Iterator[str]:
+def _figure_lines(figures: Mapping[str, Any]) -> Iterator[str]:
     """Yield the measurements as lines for people."""
     if figures["tokens"] is not None:
         first, rate = figures["first_token_seconds"], f"{figures['tokens_per_second']:.1f} tokens a second"

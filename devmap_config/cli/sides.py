@@ -68,7 +68,7 @@ def _side(text: str, other: str, permissions: Permissions) -> Side:
     if exists(path):
         if path.suffix == ".json":
             return locked_side(text, _lock_in(path, permissions))
-        return _asked_for(profile_of(path), permissions)
+        return _side_of_profile(profile_of(path), permissions)
     revision, colon, inside = text.partition(":")
     if colon and inside:
         return locked_side(text, _lock_at_revision(revision, Path(inside), text))
@@ -96,7 +96,7 @@ def _lock_in(path: Path, permissions: Permissions) -> Lock:
         raise _refused(error.code, f"`{path}` {error}", None) from None
 
 
-def _asked_for(profile: Path, permissions: Permissions) -> Side:
+def _side_of_profile(profile: Path, permissions: Permissions) -> Side:
     """Return the locked plan of a profile, or its new plan if no lock holds."""
     from devmap_config.compiler import Rejected
     from devmap_config.locked import compile_locked

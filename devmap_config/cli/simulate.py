@@ -100,7 +100,7 @@ def _trace(compiled: Compiled, simulation: Simulation | None, tokens: int) -> st
     Raises:
         CommandError: if no times are known.
     """
-    from devmap_config.cli.predictions import how_to_give, said_of_missing
+    from devmap_config.cli.predictions import how_to_give, missing_in_words
     from devmap_config.diagnostics.diagnostic import Diagnostic
     from devmap_config.simulate.trace import trace_of, trace_text
 
@@ -114,7 +114,7 @@ def _trace(compiled: Compiled, simulation: Simulation | None, tokens: int) -> st
         message = "a trace shows when blocks run, and of a model that could not be measured no times are predicted"
         missing = Diagnostic.error("missing-figure", message, profile.model.source.span)
     elif plan.prediction.prefill_nanoseconds is None and plan.prediction.decode_nanoseconds_per_token is None:
-        message = f"a trace shows when blocks run, and {said_of_missing(compiled.missing_figures)}"
+        message = f"a trace shows when blocks run, and {missing_in_words(compiled.missing_figures)}"
         help = how_to_give(compiled.missing_figures, profile.hardware)
         missing = Diagnostic.error("missing-figure", message, profile.hardware.devices.key_span, help=help)
     else:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from rich.text import Text
 
 from devmap_config.amounts import counted, format_bytes, format_change, format_duration, largest_unit
-from devmap_config.cli.predictions import said_of_bases
+from devmap_config.cli.predictions import bases_in_words
 from devmap_config.cli.tables import new_table
 from devmap_config.plan.values import folded_devices
 
@@ -82,7 +82,7 @@ def pipeline_notes(compiled: Compiled, pipeline: Pipeline) -> Iterator[str]:
         words.append(f"a context of up to {prediction.longest_context:,} tokens")
     yield f"predicted: {', '.join(words)}"
     if bases := compiled.time_bases:
-        yield f"{said_of_bases(bases, prediction)}; of vLLM no run was seen"
+        yield f"{bases_in_words(bases, prediction)}; of vLLM no run was seen"
     unused = [use.id for use in compiled.plan.devices if not use.weights_bytes]
     from devmap_config.pipeline.slots import MOST_CHOICES
     from devmap_config.plan.pipelines import all_orders_tried  # imports numpy

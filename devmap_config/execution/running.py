@@ -147,7 +147,7 @@ def running_of(graph: ModelGraph, assignments: Iterable[Assignment], executor: E
             is_block = _is_block(graph, cost.path)
             devices, figures = (within, peaking) if is_block else (within[:1], own)
         if cost.cache_bytes or cost.retained_bytes:
-            held = _held(cost, is_offloaded=executor.offloads_cache(cost.path))
+            held = _cache_part(cost, is_offloaded=executor.offloads_cache(cost.path))
             holding.setdefault(devices[0], Counter())[held] += 1
         for device in devices:
             figures.setdefault(device, []).append(cost)
@@ -183,7 +183,7 @@ def longest_context(running: Running, room: Mapping[Device, int]) -> int:
     return low
 
 
-def _held(cost: ModuleCost, *, is_offloaded: bool) -> ModuleCost:
+def _cache_part(cost: ModuleCost, *, is_offloaded: bool) -> ModuleCost:
     """Return the part of a cost that concerns the cache."""
     return ModuleCost(
         path="",

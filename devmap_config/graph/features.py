@@ -52,15 +52,15 @@ def media_of(model: PreTrainedModel, workload: WorkloadShape) -> tuple[Media, ..
     if workload.audio_seconds and not accepted & {*SOUND_NAMES}:
         raise NoMediaError("it takes no sound")
     if workload.images:
-        media.append(_asked(model, workload, image_candidates(model, workload), IMAGE_TOKENS, "images"))
+        media.append(_first_accepted(model, workload, image_candidates(model, workload), IMAGE_TOKENS, "images"))
     if workload.audio_seconds:
-        sound = _asked(model, workload, sound_candidates(model, workload), AUDIO_TOKENS, "sound")
+        sound = _first_accepted(model, workload, sound_candidates(model, workload), AUDIO_TOKENS, "sound")
         require_one_window(model, workload, sound)
         media.append(sound)
     return tuple(media)
 
 
-def _asked(
+def _first_accepted(
     model: PreTrainedModel,
     workload: WorkloadShape,
     candidates: Iterator[Media],

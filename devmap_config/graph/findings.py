@@ -72,19 +72,19 @@ def report_cache(measurement: Measurement, span: Span | None, sink: Sink) -> Non
     """Report a cache that the model does not support, or whose bytes on each device are unknown."""
     name, end = measurement.workload.cache, measurement.positions.end
     if measurement.has_unfit_cache:
-        reason = f"transformers gives this model no cache that is {said_of_cache(name)}: {measurement.reason}"
+        reason = f"transformers gives this model no cache that is {cache_in_an_adjective(name)}: {measurement.reason}"
     elif name in ("dynamic", "static") or (end is not None and measurement.workload.context_length > end):
         return
     elif not measurement.measured:
-        reason = f"how much a cache would take that is {said_of_cache(name)} is not known: {measurement.reason}"
+        reason = f"how much a cache would take that is {cache_in_an_adjective(name)} is not known: {measurement.reason}"
     elif name != "quantized" and not any(cost.offloaded_bytes for cost in measurement.modules):
-        reason = f"no part of this model's cache is ever {said_of_cache(name)}"
+        reason = f"no part of this model's cache is ever {cache_in_an_adjective(name)}"
     else:
         return
     sink.error("unfit-cache", reason, span, help="write `cache: dynamic`, or leave it out")
 
 
-def said_of_cache(implementation: str) -> str:
+def cache_in_an_adjective(implementation: str) -> str:
     """Return an adjective for a kind of cache."""
     return "quantised" if implementation == "quantized" else "offloaded"
 

@@ -73,7 +73,7 @@ def hub_checkpoint(
         return _from_json(value)
     if (checkpoint := _in_snapshot(snapshot, config)) is not None:
         return checkpoint
-    asked = _asked_for(_Commit(repository, commit, token), config) if may_ask() else None
+    asked = _from_hub(_Commit(repository, commit, token), config) if may_ask() else None
     if asked is not None:
         keep(path, _to_json(asked))
     return asked
@@ -110,7 +110,7 @@ class _Commit(NamedTuple):
     token: str | bool | None
 
 
-def _asked_for(commit: _Commit, config: Mapping[str, Any]) -> Checkpoint | None:
+def _from_hub(commit: _Commit, config: Mapping[str, Any]) -> Checkpoint | None:
     explicit = config.get("transformers_weights")
     single, index = (explicit, explicit) if isinstance(explicit, str) else (SINGLE_FILE, INDEX_FILE)
     try:

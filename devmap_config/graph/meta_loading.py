@@ -96,7 +96,7 @@ def match_names(
     info = reports[0]
     expected_tensors = model.state_dict()
     reshaped = [
-        TensorMismatch(name, _shown(stored_shape), _shown(expected))
+        TensorMismatch(name, _shape_in_words(stored_shape), _shape_in_words(expected))
         for name, stored_shape, expected in info.mismatched_keys
     ]
     unconverted = [TensorMismatch(name, "", "", _last_line(reason)) for name, reason in info.conversion_errors.items()]
@@ -156,7 +156,7 @@ def _of_other_kinds(checkpoint: Checkpoint, wanted: Mapping[str, torch.Tensor]) 
         if held is None or dtype is None or tuple(held.shape) != tensor.shape or dtype == held.dtype:
             continue
         if held.is_floating_point() and (not dtype.is_floating_point or dtype.itemsize == 1):
-            shape, name_of_dtype = _shown(tensor.shape), str(held.dtype).removeprefix("torch.")
+            shape, name_of_dtype = _shape_in_words(tensor.shape), str(held.dtype).removeprefix("torch.")
             yield TensorMismatch(name, f"{shape} of {TORCH_DTYPES[tensor.dtype]}", f"{shape} of {name_of_dtype}")
 
 
@@ -170,7 +170,7 @@ def _of_quantized(checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, ...]])
         if tensor.dtype.startswith("F8_E4") and not any(scale in checkpoint.tensors for scale in scales):
             yield TensorMismatch(name, "", "", f"is of {tensor.dtype}, and its scale is missing")
         if tensor.dtype.startswith("F8_E4") and shapes.get(name, tensor.shape) != tensor.shape:
-            yield TensorMismatch(name, _shown(tensor.shape), _shown(shapes[name]))
+            yield TensorMismatch(name, _shape_in_words(tensor.shape), _shape_in_words(shapes[name]))
 
 
 def _gaps(checkpoint: Checkpoint, model: PreTrainedModel) -> Iterator[TensorMismatch]:
@@ -194,7 +194,7 @@ def _gaps(checkpoint: Checkpoint, model: PreTrainedModel) -> Iterator[TensorMism
             )
 
 
-def _shown(shape: Any) -> str:
+def _shape_in_words(shape: Any) -> str:
     return " × ".join(map(str, shape)) if prod(shape) != 1 or len(shape) > 0 else "a number"
 
 

@@ -221,7 +221,7 @@ class Wish:
     told: Callable[[int, int], str] = lambda *_: ""
 
 
-def _told_of_a_map(after: int, before: int) -> str:
+def _map_in_words(after: int, before: int) -> str:
     computing = (
         "no module computes" if not after else "1 module computes" if after == 1 else f"{after:,} modules compute"
     )
@@ -230,7 +230,7 @@ def _told_of_a_map(after: int, before: int) -> str:
 
 
 WISHES = (
-    Wish(_little_of(_apart_from_a_map), lambda plan: len(plan.compute), _told_of_a_map),
+    Wish(_little_of(_apart_from_a_map), lambda plan: len(plan.compute), _map_in_words),
     Wish(
         _little_of(_caches_offloaded),
         lambda plan: len(plan.offloaded_caches or ()),

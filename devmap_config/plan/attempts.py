@@ -76,7 +76,7 @@ def _attempt(problem: Problem, prepared: Prepared) -> Candidate | Obstacle:
         findings = review(plan, prepared)
         if not any(finding.is_error for finding in findings):
             return Candidate(plan, moved)
-        obstacle = obstacle or _told_of_budgets(findings, placed.budgets, prepared.strategy)
+        obstacle = obstacle or _with_budget_rounds(findings, placed.budgets, prepared.strategy)
         lowered_bytes = _lowered_for_loading(plan, problem.capacities, lowered_bytes)
         capacities = {device: size - lowered_bytes.get(device, 0) for device, size in problem.capacities.items()}
         if prepared.strategy in UNREPAIRED_STRATEGIES or not lowered_bytes or min(capacities.values()) < 0:
@@ -116,7 +116,7 @@ def _decide_alone(problem: Problem) -> bool:
     )
 
 
-def _told_of_budgets(
+def _with_budget_rounds(
     findings: tuple[Diagnostic, ...], budgets: Budgets | None, strategy: str
 ) -> tuple[Diagnostic, ...]:
     """Return the findings, with the number of budgets that were tried if running has no room."""

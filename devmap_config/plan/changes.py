@@ -45,7 +45,7 @@ def changed_inputs(
         for name in changed
     }
     if "commit" in changed:
-        values["commit"] = {"": f"{_shown(lock.inputs.get('commit'))} → {_shown(now['commit'])}"}
+        values["commit"] = {"": f"{_value_in_words(lock.inputs.get('commit'))} → {_value_in_words(now['commit'])}"}
     if "hardware" in changed and not values["hardware"]:
         values["hardware"] = _change_of_order(lock, hosts)
     phrases = [_phrase(INPUT_NAMES[name], values[name]) for name in changed if not _follows(name, values)]
@@ -77,10 +77,10 @@ def _changes(before: Values, after: Values) -> dict[str, str]:
 
 def _change(route: str, before: Values, after: Values) -> str:
     if route not in before:
-        return f"is new: {_shown(after[route])}"
+        return f"is new: {_value_in_words(after[route])}"
     if route not in after:
-        return f"is gone: it was {_shown(before[route])}"
-    return f"{_shown(before[route])} → {_shown(after[route])}"
+        return f"is gone: it was {_value_in_words(before[route])}"
+    return f"{_value_in_words(before[route])} → {_value_in_words(after[route])}"
 
 
 def _phrase(name: str, changes: Mapping[str, str]) -> str:
@@ -108,7 +108,7 @@ def changed_versions(lock: Lock) -> str:
     return ", ".join(changed)
 
 
-def _shown(value: Scalar) -> str:
+def _value_in_words(value: Scalar) -> str:
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     return f"{value:,}" if isinstance(value, int) and abs(value) >= WORTH_SEPARATORS else str(value)

@@ -238,7 +238,7 @@ def _rates_of_side(diff: Mapping[str, Any], side: str) -> str:
 
 def _changed_stages(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, ValueChange]:
     """Return the differences of the stages of two plans for vLLM."""
-    stages = [_said_of_stages(plan.get("pipeline")) for plan in (before, after)]
+    stages = [_stages_in_words(plan.get("pipeline")) for plan in (before, after)]
     changes = {name: ValueChange(stages[0].get(name), stages[1].get(name)) for name in {**stages[0], **stages[1]}}
     return {name: change for name, change in changes.items() if not change.is_none}
 
@@ -250,7 +250,7 @@ def _changed_caches(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict
     return {} if caches[0] == caches[1] else {"caches on the CPU": ValueChange(*caches)}
 
 
-def _said_of_stages(pipeline: Mapping[str, Any] | None) -> dict[str, str]:
+def _stages_in_words(pipeline: Mapping[str, Any] | None) -> dict[str, str]:
     if pipeline is None:
         return {}
     layers = (str(stage["last_layer"] - stage["first_layer"] + 1) for stage in pipeline["stages"])

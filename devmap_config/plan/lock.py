@@ -162,11 +162,11 @@ def profile_of(path: Path) -> Path:
     try:
         require_regular(path)
     except FileError as error:
-        raise _missing(f"`{path}` {error}", _meant(path)) from None
+        raise _missing(f"`{path}` {error}", _advice(path)) from None
     return path
 
 
-def _meant(path: Path) -> str:
+def _advice(path: Path) -> str:
     """Return advice on what to name instead of a path that is not a file."""
     if is_folder(path):
         return "name a profile in it; `devmap check` takes folders as well"

@@ -42,7 +42,7 @@ def impasse_of(problem: Problem, prepared: Prepared, trials: Trials) -> Impasse:
     pins = search.contradicting_pins()
     remedies = [
         *search.dropped_pins(pins),
-        search.told_to_offload(),
+        search.offload_unquantised(),
         search.shorter_context(),
         search.cache_on_the_cpu(),
         search.fewer_bits(),
@@ -79,7 +79,7 @@ class _RemedySearch:
             if self.trials.compiles(ProfileChange(without=(rule,)))
         ]
 
-    def told_to_offload(self) -> str | None:
+    def offload_unquantised(self) -> str | None:
         """Let the quantizer leave weights on the CPU and the disk unquantised, if it has an argument for that."""
         quantization, asked = self.prepared.model.quantization, self.prepared.loaded.profile.model.quantization.value
         argument = None if quantization is None else quantization.accepting_argument

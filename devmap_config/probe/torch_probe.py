@@ -51,13 +51,13 @@ def _load_plugins() -> None:
 
 
 def _accelerator(kind: str, backend: Any, index: int, cards: Mapping[str | None, SeenAccelerator]) -> SeenAccelerator:
-    properties = _asked(backend, "get_device_properties", index)
+    properties = _answer_of(backend, "get_device_properties", index)
     uuid = getattr(properties, "uuid", None)
     card = next((cards[name] for name in (f"GPU-{uuid}", f"MIG-{uuid}", str(uuid)) if name in cards), None)
     if card is not None:
         return replace(card, id=Device(kind, index))
-    name = str(_asked(backend, "get_device_name", index) or getattr(properties, "name", None) or f"{kind} device")
-    free_bytes, total_bytes = _asked(backend, "mem_get_info", index) or (None, None)
+    name = str(_answer_of(backend, "get_device_name", index) or getattr(properties, "name", None) or f"{kind} device")
+    free_bytes, total_bytes = _answer_of(backend, "mem_get_info", index) or (None, None)
     memory_bytes = getattr(properties, "total_memory", None) or total_bytes
     held_bytes = None if free_bytes is None or memory_bytes is None else max(memory_bytes - free_bytes, 0)
     return SeenAccelerator(
@@ -92,7 +92,7 @@ def _processor_name() -> str:
     return done.stdout.strip() or "Apple GPU"
 
 
-def _asked(backend: Any, function: str, index: int) -> Any:
+def _answer_of(backend: Any, function: str, index: int) -> Any:
     """Return the answer of a backend, or `None`, as each implements only a part of this interface."""
     try:
         return getattr(backend, function)(index)

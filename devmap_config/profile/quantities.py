@@ -341,11 +341,11 @@ def _bytes(text: str, number: Fraction, unit: str | None) -> int:
     if unit is None:
         return _whole(text, number, "write whole bytes, or a unit as in `20GiB`")
     if unit not in BYTE_UNITS:
-        raise QuantityError(f"`{unit}` is not a unit of bytes", _meant(text, unit))
+        raise QuantityError(f"`{unit}` is not a unit of bytes", _unit_advice(text, unit))
     return _whole(text, number * BYTE_UNITS[unit], "a byte is the smallest there is")
 
 
-def _meant(text: str, unit: str) -> str:
+def _unit_advice(text: str, unit: str) -> str:
     """Return advice for `20G`, which could mean gigabytes or gibibytes."""
     letter = unit[0].upper()
     if letter in "KMGT":

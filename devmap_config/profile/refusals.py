@@ -165,7 +165,7 @@ class Refusals:
                 self.report(cast("ErrorCode", kind), message, given.place.span, context["help"])
             else:
                 expected = TYPES[kind].format(**context)
-                message = f"{route} must be {expected}, not {_found(node)}"
+                message = f"{route} must be {expected}, not {_kind_in_words(node)}"
                 if kind == "too_short":
                     message = f"{route} must not be empty"
                 is_item = given is not value and isinstance(value, WrittenList) and given in value
@@ -187,7 +187,7 @@ def _item(value: Written, route: Iterable[object]) -> Written:
     return value
 
 
-def _found(node: Node) -> str:
+def _kind_in_words(node: Node) -> str:
     if isinstance(node, SequenceNode):
         return "a list"
     if isinstance(node, MappingNode):

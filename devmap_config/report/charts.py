@@ -187,11 +187,11 @@ def comparisons_of(cases: Sequence[Mapping[str, Any]]) -> tuple[MeasuredBar, ...
         for case in cases
         for figure in case["figures"]
         if figure["predicted"] is not None and figure["seen"] is not None and figure["name"] in labels
-        if not (figure["device"] == str(CPU) and figure["name"] in OF_TENSORS and _tells_of_the_process(case))
+        if not (figure["device"] == str(CPU) and figure["name"] in OF_TENSORS and _predicts_process(case))
     )
 
 
-def _tells_of_the_process(case: Mapping[str, Any]) -> bool:
+def _predicts_process(case: Mapping[str, Any]) -> bool:
     """Return whether the peak of the process was predicted, which cannot be compared with a prediction of only
     tensors.
     """

@@ -193,15 +193,15 @@ def _report_conflict(name: str, first: Decision, second: Decision, sink: Sink) -
     what = f"`{name}`" if name else "the whole model"
     sink.error(
         "conflicting-pins",
-        f"two rules give {what} different devices: {_said(first)} and {_said(second)}",
+        f"two rules give {what} different devices: {_decision_in_words(first)} and {_decision_in_words(second)}",
         second.rule.span,
-        label=f"{_said(second)} here",
+        label=f"{_decision_in_words(second)} here",
         help="remove one, or write `override: true` in the later one",
-        related=(Related(message=f"{_said(first)} here", span=first.rule.span),),
+        related=(Related(message=f"{_decision_in_words(first)} here", span=first.rule.span),),
     )
 
 
-def _said(decision: Decision) -> str:
+def _decision_in_words(decision: Decision) -> str:
     if decision.compute is None or decision.compute == decision.device:
         return str(decision.device)
     return f"{decision.device} computed on {decision.compute}"

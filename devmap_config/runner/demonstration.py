@@ -271,7 +271,7 @@ def demonstrator_of_plan(
     planned = planned_generation(workload, max_new_tokens, measurement)
     if planned.prompts.besides is None:
         require_fit_class(request, UserInput())
-    tell_of_text_alone(measurement, sink)
+    warn_of_text_only(measurement, sink)
     return Demonstrator(
         request=request,
         sink=sink,
@@ -312,7 +312,7 @@ def planned_generation(
     )
 
 
-def tell_of_text_alone(measurement: Measurement | None, sink: Sink) -> None:
+def warn_of_text_only(measurement: Measurement | None, sink: Sink) -> None:
     """Warn if a workload has images or sound, but made-up inputs are only text, because the plan was measured so."""
     media = None if measurement is None else measurement.media
     if media is not None and media.problem is not None:

@@ -129,7 +129,7 @@ def load(plan: Plan, request: LoadRequest) -> Loaded:
     _require_no_links(request.offload_folder)
     is_offloaded = any(location.stored_on == DISK for location in plan.locations.values())
     folder = request.offload_folder if is_offloaded else None
-    held = None if folder is None else _held(folder)
+    held = None if folder is None else _locked_folder(folder)
     arguments = {
         **_arguments(request),
         "device_map": _device_map(plan),
@@ -369,7 +369,7 @@ def _require_no_links(folder: Path | None) -> None:
         )
 
 
-def _held(folder: Path) -> HeldFolder | None:
+def _locked_folder(folder: Path) -> HeldFolder | None:
     """Lock an offload folder, which loads of other processes would overwrite."""
     try:
         return HeldFolder.of(folder)

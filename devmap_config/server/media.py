@@ -107,7 +107,7 @@ class MediaReader:
         return inputs
 
     def _sound(self, place: str, data: str) -> Sound:
-        with _told_of(place):
+        with _refusing_field(place):
             sound = sound_of(_decoded(data))
         most_seconds = 0 if self.planned is None else self.planned.audio_seconds
         if sound.seconds > most_seconds:
@@ -139,7 +139,7 @@ def _image(place: str, url: str, most_pixels: int) -> Any:
         raise _refusal(place, "it is an address, and nothing is fetched: send the image itself, as a `data:` URL")
     if not comma or not head.lower().endswith(";base64"):
         raise _refusal(place, "it is no image: send one as `data:image/png;base64,` and its file in base64")
-    with _told_of(place):
+    with _refusing_field(place):
         return image_of(_decoded(data), formats=FORMATS, most_pixels=most_pixels)
 
 
@@ -151,7 +151,7 @@ def _decoded(data: str) -> bytes:
 
 
 @contextmanager
-def _told_of(place: str) -> Iterator[None]:
+def _refusing_field(place: str) -> Iterator[None]:
     """Turn errors of reading the content of a field into a refusal of that field."""
     try:
         yield

@@ -77,7 +77,7 @@ def rehearse(
             break
         verdicts[plan_digest(current)] = verdict
         if verdict.outcome == "unsimulated":
-            _tell_unsimulated(verdict, loaded, sink, allow_unmeasured=permissions.allow_unmeasured)
+            _report_unsimulated(verdict, loaded, sink, allow_unmeasured=permissions.allow_unmeasured)
         more = repaired(repairs, verdict, current, prepared)
         if more == repairs or len(verdicts) > MOST_REPAIRS:
             if verdict.mismatch is not None:
@@ -88,7 +88,7 @@ def rehearse(
         repairs = more
         current = replan(repairs)
     if repairs.together and (current is None or not sink.has_errors):
-        _tell_what_is_kept(repairs.together, prepared, (plan, current), sink)
+        _report_kept_together(repairs.together, prepared, (plan, current), sink)
     if repairs.kept and current is not None and not sink.has_errors:
         warn_of_kept_tensors(repairs.kept, current, loaded, sink)
     return Rehearsal(current, verdicts) if not sink.has_errors else Rehearsal(None, verdicts, refused=current)
@@ -190,7 +190,7 @@ def _report_overfull(device: SimulatedDevice, missing_bytes: int, loaded: Loaded
     )
 
 
-def _tell_what_is_kept(together: Together, prepared: Prepared, plans: tuple[Plan, Plan | None], sink: Sink) -> None:
+def _report_kept_together(together: Together, prepared: Prepared, plans: tuple[Plan, Plan | None], sink: Sink) -> None:
     graph, decisions = prepared.graph, prepared.resolution.decisions
     whole, joined = _kept(together, graph)
     needs = [f"{_folded(whole)} whole"] if whole else []
@@ -265,7 +265,7 @@ def _homes(plan: Plan, graph: ModelGraph) -> dict[str, dict[Device, None]]:
     }
 
 
-def _tell_unsimulated(verdict: Verdict, loaded: LoadedProfile, sink: Sink, *, allow_unmeasured: bool) -> None:
+def _report_unsimulated(verdict: Verdict, loaded: LoadedProfile, sink: Sink, *, allow_unmeasured: bool) -> None:
     if verdict.cause != "model":
         failure = MeasurementFailure(verdict.cause, verdict.reason or "")
         consequence = "the plan could not be dry-run"

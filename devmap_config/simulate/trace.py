@@ -90,7 +90,7 @@ def trace_of(
             "times": "predicted from the rates of the profile's machine, not measured",
             "basis": bases,
             "not shown": {phase: f"not known: {', '.join(figures)}" for phase, figures in missing.items()},
-            "memory": _told_of_memory(simulation, ran_unquantized=ran_unquantized),
+            "memory": _memory_note(simulation, ran_unquantized=ran_unquantized),
         },
     }
 
@@ -107,7 +107,7 @@ def _timing(plan: Plan, graph: ModelGraph, inventory: Inventory, phase: Phase) -
     return Timing(graph, inventory, phase, plan.executor, plan.main_device)
 
 
-def _told_of_memory(simulation: Simulation | None, *, ran_unquantized: bool) -> str:
+def _memory_note(simulation: Simulation | None, *, ran_unquantized: bool) -> str:
     if simulation is None:
         return "not shown, for nothing was tried without torch"
     if not simulation.devices:
