@@ -130,7 +130,7 @@ def story(compiled: Compiled) -> Iterator[str]:
     """Yield an explanation of the plan in about ten lines."""
     from devmap_config.cli.companions import companion_lines
     from devmap_config.cli.plan_table import memory_in_words, weights_in_words
-    from devmap_config.cli.predictions import how_to_give, no_plan, bases_in_words, missing_in_words
+    from devmap_config.cli.predictions import bases_in_words, how_to_give, missing_in_words, no_plan
 
     plan, model, graph = compiled.plan, compiled.model, compiled.graph
     if plan.pipeline is not None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from rich.text import Text
 
 from devmap_config.amounts import MEBIBYTE, counted, format_bytes, largest_unit
-from devmap_config.cli.predictions import how_to_give, no_plan, predicted, bases_in_words, missing_in_words
+from devmap_config.cli.predictions import bases_in_words, how_to_give, missing_in_words, no_plan, predicted
 from devmap_config.cli.stages_view import stage_lines
 from devmap_config.cli.tables import listing
 from devmap_config.devices import DISK
