@@ -323,7 +323,7 @@ def _place_of_cache(compiled: Compiled, name: str) -> Iterator[str]:
 
 def why(compiled: Compiled, name: str) -> Iterator[str]:
     """Yield what decided the device of a module or tensor: rules, or the strategy."""
-    from devmap_config.plan.explanation import block_of
+    from devmap_config.plan.explanation import block_of, placed_with
 
     plan, rules = compiled.plan, _rules_about(compiled.resolution, name, compiled.graph)
     if plan.pipeline is not None:
@@ -335,17 +335,20 @@ def why(compiled: Compiled, name: str) -> Iterator[str]:
     yield from rules
     if rules:
         return
-    block = block_of(compiled.graph, name)
-    if block != name:
+    block, placed = block_of(compiled.graph, name), placed_with(plan, compiled.graph, name)
+    if block != name and placed == block:
         yield f"It is a part of the block `{block}`, which is placed as a whole."
+    elif block != name:
+        yield f"It is a part of the block `{block}`, whose parts are on different devices in this plan."
     yield f"No rule matches it: `{compiled.plan.strategy}` put it there."
 
 
 def alternatives_of(compiled: Compiled, name: str) -> tuple[Alternative, ...]:
-    """Return the cost of every other place for the block of a module or tensor."""
-    from devmap_config.plan.explanation import alternatives, block_of
+    """Return the cost of every other place for the block of a module or tensor, or for its part of a split block."""
+    from devmap_config.plan.explanation import alternatives, placed_with
 
-    return alternatives(compiled.plan, compiled.graph, compiled.inventory, block_of(compiled.graph, name))
+    placed = placed_with(compiled.plan, compiled.graph, name)
+    return alternatives(compiled.plan, compiled.graph, compiled.inventory, placed)
 
 
 def _rules_about(resolution: Resolution, name: str, graph: ModelGraph) -> list[str]:

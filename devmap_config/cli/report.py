@@ -160,12 +160,12 @@ def _reasons(compiled: Compiled, module: str) -> dict[str, Any]:
     from pydantic_core import to_jsonable_python
 
     from devmap_config.cli.explain import alternatives_of, why
-    from devmap_config.plan.explanation import block_of
+    from devmap_config.plan.explanation import placed_with
 
     others: list[dict[str, Any]] = []
     if compiled.plan.pipeline is None:  # parts of a pipeline cannot move while everything else stays
         others = to_jsonable_python(alternatives_of(compiled, module), fallback=str)
-    block = block_of(compiled.graph, module)
+    block = placed_with(compiled.plan, compiled.graph, module)
     return {"why": list(why(compiled, module)), "block": block, "alternatives": others}
 
 

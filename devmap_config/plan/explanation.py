@@ -94,9 +94,18 @@ def block_of(graph: ModelGraph, path: str) -> str:
     return around or path
 
 
+def placed_with(plan: Plan, graph: ModelGraph, path: str) -> str:
+    """Return what is placed together with a module or tensor: its block or, in a block that a plan splits, its part."""
+    block = block_of(graph, path)
+    if len({each.location for each in plan.assignments if is_within(each.unit, block)}) <= 1:
+        return block
+    return next((each.unit for each in plan.assignments if is_within(path, each.unit)), path)
+
+
 def alternatives(plan: Plan, graph: ModelGraph, inventory: Inventory, block: str) -> tuple[Alternative, ...]:
-    """Return every other place of a block: on each accelerator, copied in from the CPU or the disk, computed on the
-    CPU.
+    """Return every other place of a block, or of a part of one.
+
+    A place is an accelerator, the CPU or the disk from which it is copied in, or the CPU that computes it.
     """
     module = graph.modules.get(ModulePath(block))
     if module is None:

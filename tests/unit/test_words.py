@@ -11,7 +11,11 @@ from click.testing import CliRunner
 from devmap_config import compile_profile
 from devmap_config.amounts import counted
 from devmap_config.cli import devmap
+from devmap_config.cli.explain import alternatives_of, why
 from devmap_config.cli.predictions import predicted
+from devmap_config.compiler import Request, run_pipeline
+from devmap_config.devices import Device
+from devmap_config.execution.assignment import Location
 from devmap_config.plan.plan import NotADeviceMapError, Prediction
 
 PROFILE = """\
@@ -84,6 +88,19 @@ def test_a_missing_time_names_the_missing_rate(command, profile):
     profile.write_text(PROFILE.replace("1TB/s", "1TB/s, flops: 1TFLOP/s").replace("50GB/s", "50GB/s, flops: 1TFLOP/s"))
     box.write_text(profile.read_text()[PROFILE.index("hardware:") : profile.read_text().index("placement")])
     assert "ithout the" not in run(command, str(profile), *arguments).stdout
+
+
+def test_a_part_of_a_split_block_is_explained_by_itself(workspace):
+    split = "{match: model.layers.0.mlp, device: cpu, compute: cpu}"
+    Path("p.yaml").write_text(PROFILE.replace("mixture", "llama").partition("pins")[0] + f"pins: [{split}]}}\n")
+    compiled = run_pipeline(Request(path=Path("p.yaml")))
+    told = " ".join(why(compiled, "model.layers.0.self_attn.q_proj"))
+    assert "a part of the block `model.layers.0`, whose parts are on different devices in this plan" in told
+    here = Device.from_text("cuda:0")
+    others = alternatives_of(compiled, "model.layers.0.self_attn.q_proj")
+    assert others
+    assert Location(here, here) not in [other.location for other in others]
+    assert "which is placed as a whole" in " ".join(why(compiled, "model.layers.1.self_attn.q_proj"))
 
 
 def test_counts_have_singular_and_plural():
