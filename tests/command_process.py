@@ -21,8 +21,8 @@ CONTEXT.set_forkserver_preload(["devmap_config.cli", "devmap_config.compiler", "
 def run_command(program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Run an installed command, and return its exit code and what it wrote to its streams.
 
-    What a command does while Python itself starts is not shown by this one: the encoding of its streams by its
-    environment, what it imports, how soon it answers.
+    Tests that run commands this way cannot see what happens while Python itself starts: the encoding of streams by the
+    environment, the modules that are imported, the time to the first answer.
     """
     with tempfile.TemporaryDirectory() as folder:
         streams = [Path(folder, name) for name in ("stdout", "stderr")]

@@ -1,4 +1,6 @@
-"""What every test stands on: no hub, quiet libraries, small models, modules beside the tests importable."""
+"""Fixtures and settings of all tests: no hub, quiet libraries, small models, and imports of the modules beside the
+tests.
+"""
 
 from __future__ import annotations
 
@@ -97,7 +99,7 @@ MODELS = {
 
 
 def devmap(*arguments):
-    """The exit code of a command in this process."""
+    """Run a command in this process and return its exit code."""
     with pytest.MonkeyPatch.context() as context:
         context.setattr(sys, "argv", ["devmap", *arguments])
         with pytest.raises(SystemExit) as caught:
@@ -106,7 +108,7 @@ def devmap(*arguments):
 
 
 def write_models(folder: Path) -> None:
-    """Put every small model's config into a folder, each in its own."""
+    """Write the config of every small model into a directory of its own."""
     for name, config in MODELS.items():
         (folder / name).mkdir(exist_ok=True)
         (folder / name / "config.json").write_text(json.dumps(config))
@@ -132,7 +134,7 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture(scope="session", autouse=True)
 def tried_versions():
-    """The versions that the tests run with count as tried: of others is tested what is said of them."""
+    """Make the installed versions count as tried; separate tests check what is printed for untried versions."""
     with pytest.MonkeyPatch.context() as context:
         found = {library: (*tried, versions.installed(library)) for library, tried in versions.TRIED.items()}
         context.setattr(versions, "TRIED", {library: tuple(dict.fromkeys(each)) for library, each in found.items()})
@@ -149,7 +151,7 @@ def graph_cache(tmp_path_factory):
 
 @pytest.fixture
 def workspace(tmp_path, monkeypatch):
-    """A folder with the small models, which is the working directory."""
+    """A directory with the small models, which is the working directory."""
     write_models(tmp_path)
     monkeypatch.chdir(tmp_path)
     return tmp_path

@@ -1,6 +1,6 @@
-"""Caches that are offloaded or quantised take what transformers' own objects take, wherever they are.
+"""Predicted bytes of offloaded and quantised caches are those of transformers' own cache objects.
 
-What is marked `zoo` quantises by quanto, which stands in the extra `quantizers`; that it is missing is a failure.
+Tests marked `zoo` quantise with quanto, which is in the extra `quantizers`; a missing package is a failure.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def measured(name, wanted):
 
 
 def filled(name, cache, wanted, *, tokens=0):
-    """A real model's own cache, after a prompt and so many tokens."""
+    """Return a real model's own cache after a prompt and this number of tokens."""
     torch.manual_seed(0)
     model = getattr(transformers, MODELS[name][0])(config_of(name)).eval()
     held = {} if cache is None else {CACHE_NAMES[0]: cache}
@@ -54,10 +54,10 @@ def size_of(tensors):
 
 
 class Offloading(DynamicCache):
-    """What transformers' offloaded cache sends to the CPU, noted where there is no card to send it from."""
+    """A cache that records what transformers' offloaded cache sends to the CPU, without a card to send it from."""
 
     def note(self):
-        """The bytes of every layer that an offloaded cache would send away: as its own `offload` goes by."""
+        """Return the bytes of every layer that an offloaded cache would send away, by its own `offload`."""
         sent = []
         for index, layer in enumerate(self.layers):
             layer.offload = lambda layer=layer: sent.append(size_of((layer.keys, layer.values)))
@@ -74,7 +74,7 @@ class OffloadingStatic(StaticCache):
 
 
 @pytest.mark.parametrize("name", DECODERS)
-def test_of_a_cache_that_grows_all_keys_and_values_are_offloaded(name):
+def test_all_keys_and_values_of_a_growing_cache_are_offloaded(name):
     wanted = workload("offloaded")
     sent = filled(name, Offloading(config=config_of(name)), wanted).note()
     found = measured(name, wanted)
@@ -83,7 +83,7 @@ def test_of_a_cache_that_grows_all_keys_and_values_are_offloaded(name):
 
 
 @pytest.mark.parametrize("name", [*WITHOUT_WINDOWS, "sliding and full"])
-def test_of_a_static_cache_windows_stay_where_they_are(name):
+def test_windows_of_an_offloaded_static_cache_stay_on_the_card(name):
     wanted = workload("offloaded_static")
     cache = OffloadingStatic(config=config_of(name), max_cache_len=LENGTH + 1)
     sent = filled(name, cache, wanted).note()
@@ -95,7 +95,7 @@ def test_of_a_static_cache_windows_stay_where_they_are(name):
 
 @pytest.mark.parametrize("name", WITHOUT_WINDOWS)
 @pytest.mark.parametrize("prompt_length", [LENGTH, pytest.param(50, marks=pytest.mark.zoo)])
-def test_by_fp8_a_cache_takes_what_its_tensors_take(name, prompt_length):
+def test_a_cache_in_fp8_has_the_bytes_of_its_tensors(name, prompt_length):
     wanted = workload("quantized", cache_backend="fp8", prompt_length=prompt_length)
     cache = filled(name, QuantizedCache("fp8", config_of(name)), replace(wanted, prompt_length=LENGTH))
     plain = measured(name, replace(wanted, cache="dynamic", cache_backend=None))
@@ -105,7 +105,7 @@ def test_by_fp8_a_cache_takes_what_its_tensors_take(name, prompt_length):
 
 
 @pytest.mark.parametrize("bits", [2, 4])
-def test_what_stands_in_for_quanto_packs_numbers_that_come_back_nearly(bits):
+def test_the_stub_for_quanto_packs_and_restores_numbers_approximately(bits):
     torch.manual_seed(0)
     keys = torch.randn(2, 2, 32, 32)
     packed, scale, shift = quantized(keys, bits)
@@ -117,7 +117,7 @@ def test_what_stands_in_for_quanto_packs_numbers_that_come_back_nearly(bits):
 @pytest.mark.zoo
 @pytest.mark.parametrize("bits", [2, 4])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_what_stands_in_for_quanto_does_what_quanto_does(bits, dtype):
+def test_the_stub_for_quanto_gives_the_numbers_of_quanto(bits, dtype):
     layer = transformers.QuantoQuantizedLayer(nbits=bits)
     torch.manual_seed(0)
     keys = torch.randn(2, 2, 33, 32).to(dtype)
@@ -130,7 +130,7 @@ def test_what_stands_in_for_quanto_does_what_quanto_does(bits, dtype):
 @pytest.mark.zoo
 @pytest.mark.parametrize("name", WITHOUT_WINDOWS)
 @pytest.mark.parametrize("bits", [2, 4])
-def test_by_quanto_a_cache_takes_what_its_tensors_take(name, bits):
+def test_a_cache_by_quanto_has_the_bytes_of_its_tensors(name, bits):
     wanted = workload("quantized", cache_backend="quanto", cache_bits=bits)
     cache = filled(name, QuantizedCache("quanto", config_of(name), nbits=bits), wanted)
     assert measured(name, wanted).cache_bytes == size_of(cache_tensors(cache))
@@ -145,7 +145,7 @@ TOLERANCES = {("fp8", None): 0.01, ("quanto", 4): 0.06, ("quanto", 2): 0.2}
     ("backend", "bits"),
     [pytest.param(*how, marks=() if how[0] == "fp8" else pytest.mark.zoo) for how in TOLERANCES],
 )
-def test_logits_move_by_no_more_than_the_page_says(name, backend, bits):
+def test_quantised_caches_change_logits_by_no_more_than_the_page_says(name, backend, bits):
     torch.manual_seed(0)
     model = getattr(transformers, MODELS[name][0])(config_of(name)).eval()
     prompt, tokens = torch.randint(1, 100, (2, LENGTH)), torch.randint(1, 100, (8, 2, 1))
@@ -164,14 +164,14 @@ def test_logits_move_by_no_more_than_the_page_says(name, backend, bits):
     assert 0 < root_mean_square < TOLERANCES[backend, bits]
 
 
-def test_the_page_says_how_far_logits_move():
+def test_the_page_states_how_far_quantised_caches_change_logits():
     page = " ".join((REPOSITORY / "docs" / "long-context.md").read_text(encoding="utf-8").split())
     fp8, four, two = (f"{100 * part:g} %" for part in TOLERANCES.values())
     assert f"by at most {fp8} of their spread by `fp8`, {four} by 4 bits of `quanto` and {two} by 2" in page
 
 
 @pytest.mark.parametrize("name", WITHOUT_WINDOWS)
-def test_without_quanto_it_is_known_what_a_cache_would_take_by_it(name):
+def test_the_bytes_of_a_cache_by_quanto_are_predicted_without_quanto(name):
     wanted = workload("quantized", cache_bits=4)
     plain, found = measured(name, replace(wanted, cache="dynamic", cache_bits=None)), measured(name, wanted)
     groups = plain.cache_bytes // 4 // 64
@@ -187,19 +187,19 @@ def test_without_quanto_it_is_known_what_a_cache_would_take_by_it(name):
         ("dense", workload("quantized"), None),
     ],
 )
-def test_a_cache_that_a_model_is_not_given_is_told(name, wanted, reason):
+def test_a_cache_that_does_not_suit_the_model_is_reported(name, wanted, reason):
     found = measured(name, wanted)
     assert found.has_unfit_cache == (reason is not None)
     if reason is not None:
         assert reason in found.reason
 
 
-def test_of_a_state_space_nothing_is_offloaded():
+def test_nothing_of_a_state_spaces_cache_is_offloaded():
     found = measured("state space", workload("offloaded", context_length=20, prompt_length=20))
     assert not any(cost.offloaded_bytes for cost in found.modules)
 
 
-def test_numbers_that_are_no_whole_groups_are_refused_beforehand():
+def test_heads_that_quantisation_groups_do_not_divide_are_refused():
     model = build_meta_model(
         transformers.LlamaForCausalLM, config_of("dense", hidden_size=96, num_attention_heads=4), torch.float32
     )
@@ -208,7 +208,7 @@ def test_numbers_that_are_no_whole_groups_are_refused_beforehand():
     assert made_cache(model, workload("quantized", cache_backend="fp8"), 1, offloading=False) is not None
 
 
-def test_a_measurement_with_what_is_offloaded_is_kept_whole():
+def test_a_measurement_with_offloaded_bytes_round_trips_through_json():
     found = measured("grouped queries", workload("offloaded"))
     assert Measurement.from_json(found.to_json()) == found
     assert "offloaded_bytes" not in measured("grouped queries", workload("dynamic")).to_json()["columns"]
@@ -224,14 +224,14 @@ ATTENTION = ModuleCost(
 )
 
 
-def test_torch_pins_powers_of_two_and_keeps_those_that_are_outgrown():
+def test_pinned_bytes_are_powers_of_two_and_include_outgrown_ones():
     assert ATTENTION.pinned_bytes(workload("offloaded")) == 2 * 4 * MIB
     half = workload("offloaded", prompt_length=LENGTH // 2)
     assert ATTENTION.pinned_bytes(half) == 2 * (4 + 2) * MIB  # 1.5 MiB of the prompt took 2, beyond which it grew
     assert ATTENTION.pinned_bytes(replace(half, cache="offloaded_static")) == 2 * 4 * MIB
 
 
-def test_what_is_exchanged_is_of_a_token_as_much_as_there_is_on_the_mean():
+def test_exchanged_bytes_of_a_token_are_those_of_the_average_cache():
     half = workload("offloaded", prompt_length=LENGTH // 2)
     assert ATTENTION.exchanged_bytes("prefill", half) == 3 * MIB
     assert ATTENTION.exchanged_bytes("decode", half) == (3 + 6) * MIB // 2

@@ -1,4 +1,4 @@
-"""What is counted of a decoded token without data is what torch's profiler sees of a real one."""
+"""Operations counted for a decoded token without data are those that torch's profiler records of a real one."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def profiled(name, batch_size):
 
 @cache
 def is_composite(name):
-    """Whether an operation is nothing but others, of which each is dispatched by itself."""
+    """Tell whether an operation consists only of others, each of which is dispatched by itself."""
     packet = getattr(torch.ops.aten, name.removeprefix("aten::"))
     overloads = (getattr(packet, overload) for overload in packet.overloads())
     known = [each for each in overloads if torch._C._dispatch_has_kernel(each.name())]
@@ -61,7 +61,7 @@ def is_dispatched(event):
 
 
 def outermost(events):
-    """Those that are dispatched by no other."""
+    """Return the operations that no other operation dispatched."""
     for event in filter(is_dispatched, events):
         around = event.cpu_parent
         while around is not None and not is_dispatched(around):
@@ -71,14 +71,14 @@ def outermost(events):
 
 
 def operand_bytes(event):
-    """The bytes of the matrices that a product multiplies."""
+    """Return the bytes of the matrices that a product multiplies."""
     matrices = [shape for shape in event.input_shapes if len(shape) > 1]
     return FLOAT_BYTES * sum(map(math.prod, matrices))
 
 
 @pytest.mark.parametrize("batch_size", [pytest.param(1, marks=pytest.mark.zoo), 8])
 @pytest.mark.parametrize("name", MODELS)
-def test_a_token_takes_what_the_profiler_sees(name, batch_size, monkeypatch):
+def test_counted_operations_of_a_token_are_those_of_the_profiler(name, batch_size, monkeypatch):
     touched_bytes = recording._touched_bytes
 
     def of_products(function, inputs, outputs):

@@ -1,4 +1,4 @@
-"""What is measured without data is what a real run shows: cache to the byte, activations as torch's profiler sees."""
+"""Measurements without data match real runs: the cache to the byte, activations as torch's profiler records them."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ NORM_FORWARD = LlamaRMSNorm.forward
 
 
 def length_of(name):
-    """A prompt's; a state space goes from token to token."""
+    """Return the length of a model's prompt; a state space runs token by token."""
     return 20 if name == "state space" else LENGTH
 
 
@@ -52,7 +52,7 @@ def usual_measurement(name):
 
 
 def really_run(name):
-    """A real model's inputs, ready to be run; random weights, since sizes do not depend on them."""
+    """Return a real model and its inputs; its weights are random, since sizes do not depend on them."""
     torch.manual_seed(0)
     model = getattr(transformers, MODELS[name][0])(config_of(name)).eval()
     inputs = {"input_ids": torch.ones((2, length_of(name)), dtype=torch.long), "use_cache": True}
@@ -72,7 +72,7 @@ def cache_of(output):
 
 
 @pytest.mark.parametrize("name", list(MODELS))
-def test_the_cache_has_these_very_bytes(name):
+def test_measured_cache_has_the_bytes_of_a_real_one(name):
     model, inputs = really_run(name)
     with torch.no_grad():
         output = model(**inputs)
@@ -82,7 +82,7 @@ def test_the_cache_has_these_very_bytes(name):
 
 
 @pytest.mark.parametrize("name", ["dense", "grouped queries", "sliding window", "experts", "learned positions", "tied"])
-def test_a_further_token_adds_what_a_real_one_adds(name):
+def test_a_token_adds_the_cache_bytes_that_a_real_one_adds(name):
     model, inputs = really_run(name)
     with torch.no_grad():
         output = model(**inputs)
@@ -93,7 +93,7 @@ def test_a_further_token_adds_what_a_real_one_adds(name):
 
 
 def profiled_peak(model, inputs):
-    """Bytes above what was there before, at their peak, as torch's own profiler counts allocations."""
+    """Return the peak of bytes above those held before, as torch's own profiler counts allocations."""
     with torch.no_grad():
         model(**inputs)  # what is made once and kept is not of this run
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
@@ -107,7 +107,7 @@ def profiled_peak(model, inputs):
 
 
 @pytest.mark.parametrize("name", list(MODELS))
-def test_activations_peak_where_the_profiler_sees_them(name):
+def test_measured_activation_peak_is_that_of_the_profiler(name):
     model, inputs = really_run(name)
     peak, cache_bytes = profiled_peak(model, inputs)
     measurement = usual_measurement(name)
@@ -127,7 +127,7 @@ def test_no_kernel_forms_the_matrix_of_scores():
     assert 0 < measurement.by_path["model.layers.1.self_attn"].prefill_peak_bytes < scores_bytes(2048) / 2
 
 
-def test_a_batch_costs_its_multiple():
+def test_a_batch_costs_a_multiple_of_one_sequence():
     one, four = measured("dense", batch_size=1), measured("dense", batch_size=4)
     assert four.cache_bytes == 4 * one.cache_bytes
     assert sum(cost.prefill_operations for cost in four.modules) == 4 * sum(
@@ -141,7 +141,7 @@ def test_prefilling_in_parts_needs_less_while_the_cache_is_the_same():
     assert parts.by_path[""].prefill_peak_bytes < whole.by_path[""].prefill_peak_bytes
 
 
-def test_all_logits_cost_their_rows():
+def test_all_logits_cost_a_row_per_token():
     last, every = usual_measurement("dense"), measured("dense", all_logits=True)
     rows = 2 * (LENGTH - 1) * 512 * 4
     assert every.by_path["lm_head"].prefill_peak_bytes - last.by_path["lm_head"].prefill_peak_bytes == rows
@@ -154,7 +154,7 @@ def test_a_static_cache_is_full_from_the_beginning():
     assert full_bytes <= measurement.cache_bytes <= full_bytes + 4 * 8  # and how far each layer has come
 
 
-def test_products_are_counted_as_arithmetic_says():
+def test_operations_of_matrix_products_are_those_of_the_formula():
     measurement = measured("dense", batch_size=1)
     by_path = measurement.by_path
     assert by_path["model.layers.0.mlp.up_proj"].prefill_operations == 2 * LENGTH * 128 * 256
@@ -162,8 +162,8 @@ def test_products_are_counted_as_arithmetic_says():
     assert 512 * 128 * 4 <= by_path["lm_head"].decode_touched_bytes < 1.05 * 512 * 128 * 4
 
 
-def test_attention_in_half_precision_is_told_apart():
-    """CPUs take long for it, of one query above all."""
+def test_attention_in_half_precision_is_counted_separately():
+    """CPUs take long for it, especially for a single query."""
 
     def decoded(dtype):
         model = build_meta_model(transformers.LlamaForCausalLM, config_of("dense"), dtype)
@@ -175,7 +175,7 @@ def test_attention_in_half_precision_is_told_apart():
     assert decoded(torch.float32) == (0, 4 * 128 * (LENGTH + 1))
 
 
-def test_few_experts_are_touched_for_one_token():
+def test_one_token_reads_only_its_experts():
     by_path = measured("many experts", batch_size=1).by_path
     experts = next(cost for path, cost in by_path.items() if path.endswith("mlp.experts"))
     weights_bytes = 8 * 3 * 128 * 64 * 4
@@ -196,7 +196,7 @@ def measured_deep(name, **workload):
 
 
 @pytest.mark.parametrize("name", slow_ones_in_the_zoo(MODELS))
-def test_running_two_blocks_of_a_kind_tells_what_running_all_does(name, monkeypatch):
+def test_measuring_two_blocks_of_a_kind_equals_measuring_all(name, monkeypatch):
     spared = measured_deep(name)
     monkeypatch.setattr(measurement, "kinds_of", lambda *_: ())
     assert measured_deep(name) == spared
@@ -213,13 +213,13 @@ WORKLOADS = [{"cache": "static"}, {"prompt_length": 20}, {"all_logits": True}]
         for own, workload in enumerate(WORKLOADS)
     ],
 )
-def test_it_does_under_every_workload(name, workload, monkeypatch):
+def test_measuring_two_blocks_of_a_kind_equals_measuring_all_under_every_workload(name, workload, monkeypatch):
     spared = measured_deep(name, **workload)
     monkeypatch.setattr(measurement, "kinds_of", lambda *_: ())
     assert measured_deep(name, **workload) == spared
 
 
-def test_of_blocks_that_are_alike_two_are_run(monkeypatch):
+def test_two_of_the_blocks_that_are_alike_are_run(monkeypatch):
     run = []
     forward = LlamaMLP.forward
     monkeypatch.setattr(LlamaMLP, "forward", lambda self, states: run.append(id(self)) or forward(self, states))
@@ -228,7 +228,7 @@ def test_of_blocks_that_are_alike_two_are_run(monkeypatch):
 
 
 def forward_that_keeps(forward, kept):
-    """Keeps something until the blocks are done: what stood still would have kept it as well."""
+    """Keep something until all blocks have run, as skipped blocks would have done too."""
 
     def keeping(self, states):
         output = forward(self, states)
@@ -239,7 +239,7 @@ def forward_that_keeps(forward, kept):
 
 
 def forward_of_which_one_does_more(forward, seen):
-    """The second of the kind, which the others would repeat, does more than they do."""
+    """Make the second block of the kind, which the others would repeat, do more than they do."""
 
     def doing_more(self, states):
         seen.append(self)
@@ -250,7 +250,7 @@ def forward_of_which_one_does_more(forward, seen):
 
 
 def forward_that_lets_go(forward, kept):
-    """Lets go, each time, what the block before it kept."""
+    """Release, each time, what the block before kept."""
 
     def letting_go(self, states):
         output = forward(self, states)
@@ -261,7 +261,7 @@ def forward_that_lets_go(forward, kept):
 
 
 @pytest.mark.parametrize("misbehave", [forward_that_keeps, forward_of_which_one_does_more, forward_that_lets_go])
-def test_blocks_that_do_not_do_the_same_are_all_run(misbehave, monkeypatch):
+def test_blocks_that_behave_differently_are_all_run(misbehave, monkeypatch):
     forward, model_forward = LlamaMLP.forward, LlamaModel.forward
 
     def measured_once():
@@ -283,7 +283,7 @@ def test_blocks_that_do_not_do_the_same_are_all_run(misbehave, monkeypatch):
 
 
 def returned_alongside(monkeypatch, what):
-    """Lets Llama's blocks return something besides, which goes on to the block after."""
+    """Make Llama's blocks return something more, which is passed to the next block."""
 
     def forward(self, hidden_states, *arguments, **options):
         states = hidden_states[0] if isinstance(hidden_states, tuple) else hidden_states
@@ -315,7 +315,7 @@ def nothing_but_its_cache_put_aside_for_the_next(block, options):
 @pytest.mark.parametrize(
     "what", [own_weight, own_cache, something_of_the_cache_before, nothing_but_its_cache_put_aside_for_the_next]
 )
-def test_what_a_block_does_besides_is_not_lost(what, monkeypatch):
+def test_additional_outputs_of_skipped_blocks_are_measured(what, monkeypatch):
     returned_alongside(monkeypatch, what)
     model_forward = LlamaModel.forward
     monkeypatch.setattr(
@@ -337,8 +337,8 @@ def test_what_a_block_does_besides_is_not_lost(what, monkeypatch):
     assert measured_once() == spared
 
 
-def test_what_a_shared_cache_brings_along_counts_where_it_is_brought(monkeypatch):
-    """It grows between blocks that are made alike: those after it are given more than those before."""
+def test_a_shared_cache_that_grows_between_blocks_is_measured(monkeypatch):
+    """Blocks after its growth are given more than equal blocks before it."""
     config = config_of_shared_caches()
     workload = WorkloadShape(batch_size=2, context_length=40, prompt_length=40)
 
@@ -351,7 +351,7 @@ def test_what_a_shared_cache_brings_along_counts_where_it_is_brought(monkeypatch
     assert measured_once() == spared
 
 
-def test_blocks_are_alike_by_what_the_config_says_of_each_and_share_no_module():
+def test_blocks_are_alike_only_with_equal_config_values_and_no_shared_modules():
     model = build_meta_model(transformers.LlamaForCausalLM, config_of("dense", num_hidden_layers=9), torch.float32)
     blocks, layers = graph_of(model, torch.float32).blocks, model.model.layers
     before = (tuple(f"model.layers.{index}" for index in (0, 2, 3, 4, 5, 6, 7, 8)),)
@@ -362,7 +362,7 @@ def test_blocks_are_alike_by_what_the_config_says_of_each_and_share_no_module():
     assert kinds_of(model, blocks) == (before[0][:4], before[0][4:7])
 
 
-def test_code_that_comes_with_a_model_is_run_whole():
+def test_blocks_of_code_that_comes_with_a_model_are_all_run():
     model = build_meta_model(transformers.LlamaForCausalLM, config_of("dense"), torch.float32)
     blocks = graph_of(model, torch.float32).blocks
     assert kinds_of(model, blocks) == (("model.layers.0", "model.layers.2", "model.layers.3"),)
@@ -372,8 +372,8 @@ def test_code_that_comes_with_a_model_is_run_whole():
     assert kinds_of(model, blocks) == ()
 
 
-def test_the_same_is_measured_again_in_one_process():
-    """What a model lets go of its own (here positions, which it converts) is not mistaken for what comes after."""
+def test_a_second_measurement_in_one_process_is_equal():
+    """Tensors that a model releases itself, here its positions, must not be mistaken for later ones."""
     config = transformers.CTRLConfig(vocab_size=99, n_positions=256, n_embd=1280, dff=64, n_layer=2, n_head=4)
     workload = WorkloadShape(batch_size=1, context_length=32, prompt_length=32)
 
@@ -384,12 +384,12 @@ def test_the_same_is_measured_again_in_one_process():
     assert measured_once() == measured_once()
 
 
-def test_a_measurement_gives_itself_back():
+def test_a_measurement_round_trips_through_json():
     measurement = usual_measurement("sliding and full")
     assert Measurement.from_json(measurement.to_json()) == measurement
 
 
-def test_what_is_copied_with_what_holds_it_is_another_tensor():
+def test_deep_copies_of_tensors_without_data_are_new_tensors():
     with tensors_without_data():
         keys = torch.ones(3, 4)
         copied = copy.deepcopy({"keys": keys, "again": keys})
@@ -399,7 +399,7 @@ def test_what_is_copied_with_what_holds_it_is_another_tensor():
         assert copied["keys"].untyped_storage()._cdata != keys.untyped_storage()._cdata
 
 
-def test_nothing_of_it_stays_behind():
+def test_a_measurement_leaves_torch_unchanged():
     own = set(vars(FakeTensor))
     measured("dense")
     assert set(vars(FakeTensor)) == own
@@ -411,8 +411,8 @@ def test_nothing_of_it_stays_behind():
 
 
 @pytest.mark.parametrize("name", ["dense", "sliding and full", "encoder-decoder", "latent attention", "experts"])
-def test_a_longer_context_is_foretold_by_one_measurement(name):
-    """What is said of four times the length is what is measured there: a parabola has no more to tell."""
+def test_one_measurement_predicts_a_longer_context(name):
+    """Predicted and measured values agree at four times the length, since a parabola fits both."""
     length = 4 * LENGTH
     foretold = usual_measurement(name).at(length)
     seen = measured(name, context_length=length, prompt_length=length)
@@ -423,7 +423,7 @@ def test_a_longer_context_is_foretold_by_one_measurement(name):
 
 # The hybrid pads what it scans to a whole chunk of 256: at 100 tokens it takes as much as at 200.
 @pytest.mark.parametrize("name", slow_ones_in_the_zoo(name for name in MODELS if name != "hybrid"))
-def test_a_shorter_context_never_takes_more_than_was_foretold(name):
+def test_a_shorter_context_takes_at_most_the_prediction(name):
     shorter = length_of(name) // 2
     foretold = usual_measurement(name).at(shorter)
     seen = measured(name, context_length=shorter, prompt_length=shorter).by_path
@@ -433,7 +433,7 @@ def test_a_shorter_context_never_takes_more_than_was_foretold(name):
         assert cost.prefill_peak_bytes >= 0.98 * seen[cost.path].prefill_peak_bytes
 
 
-def test_what_crosses_is_the_hidden_states_and_what_every_layer_is_given():
+def test_transfers_are_hidden_states_and_inputs_of_every_layer():
     crossings = {(each.reader, each.maker): each for each in usual_measurement("dense").crossings}
     hidden_bytes = 2 * LENGTH * 128 * 4
     assert crossings["model.layers.1", "model.layers.0"].prefill_bytes == hidden_bytes
@@ -442,12 +442,12 @@ def test_what_crosses_is_the_hidden_states_and_what_every_layer_is_given():
     assert ("model.layers.2", "model.layers.0") not in crossings
 
 
-def test_what_the_model_adds_up_itself_must_be_together():
+def test_outputs_that_the_model_adds_itself_must_be_on_one_device():
     assert usual_measurement("learned positions").bonds == (("transformer.wpe", "transformer.wte"),)
     assert usual_measurement("dense").bonds == ()
 
 
-def test_layers_that_read_the_cache_of_another_must_be_with_it(tmp_path):
+def test_layers_that_read_anothers_cache_must_be_on_its_device(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(SHARED_CACHE))
     (tmp_path / "modeling_sharing.py").write_text(SHARING_CODE)
     workload = WorkloadShape(batch_size=1, context_length=16, prompt_length=16)
@@ -464,7 +464,7 @@ def test_layers_that_read_the_cache_of_another_must_be_with_it(tmp_path):
     ]
 
 
-def test_a_cache_that_is_brought_along_may_be_apart():
+def test_layers_that_are_passed_a_shared_cache_can_be_on_other_devices():
     sizes = {**GROUPED, "head_dim": 32, "num_hidden_layers": 4, "num_kv_shared_layers": 2, "sliding_window": 64}
     config = transformers.Gemma3nTextConfig(
         **{**sizes, "intermediate_size": 256, "hidden_size_per_layer_input": 16, "laurel_rank": 8},

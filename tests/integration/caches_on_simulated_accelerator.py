@@ -1,4 +1,6 @@
-"""Caches on several devices with real numbers, by transformers' own classes: collected by a process of its own."""
+"""Caches of transformers' own classes compute with real numbers on several devices; collected in a
+process of its own.
+"""
 
 from __future__ import annotations
 
@@ -128,7 +130,7 @@ def by_device(cache):
 @pytest.mark.parametrize("config", [LLAMA, WINDOWS], ids=["all of the context", "windows"])
 @pytest.mark.parametrize("cache", ["offloaded", "offloaded_static"])
 @pytest.mark.parametrize("placement", PLACEMENTS.values(), ids=PLACEMENTS)
-def test_an_offloaded_cache_changes_no_number_and_is_where_the_plan_has_it(placement, cache, config):
+def test_an_offloaded_cache_gives_equal_logits_and_is_where_planned(placement, cache, config):
     there = {"offloaded": {}, "offloaded_static": {"cache_implementation": "static", "disable_compile": True}}
     plain = generated(saved(config), "cpu", **there[cache])
     model = loaded(placement, cache)
@@ -153,7 +155,7 @@ LONG_PROMPT = torch.randint(1, 200, (1, 200), generator=torch.Generator().manual
 
 @pytest.fixture
 def offloads(monkeypatch):
-    """The bytes of layers that go to the CPU."""
+    """Record the bytes of layers that go to the CPU."""
     sent, offload = [], CacheLayerMixin.offload
 
     def noting(layer):
@@ -164,7 +166,7 @@ def offloads(monkeypatch):
     return sent
 
 
-def test_a_partly_offloaded_cache_changes_no_number_and_each_layer_is_where_the_plan_has_it(offloads):
+def test_a_partly_offloaded_cache_gives_equal_logits_and_is_where_planned(offloads):
     config = {**LLAMA, "num_hidden_layers": 12}
     context = LONG_PROMPT.shape[1] + NEW_TOKENS - 1  # the last token is written, and not read
     plain = generated(saved(config), "cpu", LONG_PROMPT)
@@ -204,7 +206,7 @@ def test_a_partly_offloaded_cache_changes_no_number_and_each_layer_is_where_the_
     assert crossing == len(layers) * (layer + layer // context)
 
 
-def test_a_receipt_is_of_the_cache_that_was_planned(offloads):
+def test_a_receipt_is_measured_with_the_planned_cache(offloads):
     saved({**LLAMA, "num_hidden_layers": 12})
     context = LONG_PROMPT.shape[1] + NEW_TOKENS
     Path("profile.yaml").write_text(PARTLY_OFFLOADED.format(context=context, prompt=LONG_PROMPT.shape[1]))
@@ -216,7 +218,7 @@ def test_a_receipt_is_of_the_cache_that_was_planned(offloads):
     assert len(offloads) >= (1 + rounds) * 4 * layers
 
 
-def test_what_crosses_for_a_token_is_what_the_plan_counts(monkeypatch):
+def test_cache_bytes_exchanged_for_a_token_are_those_of_the_plan(monkeypatch):
     saved(LLAMA)
     model = loaded(PLACEMENTS["over two cards"], "offloaded")
     seen = []
@@ -248,7 +250,7 @@ def test_what_crosses_for_a_token_is_what_the_plan_counts(monkeypatch):
 
 
 @pytest.mark.parametrize("placement", PLACEMENTS.values(), ids=PLACEMENTS)
-def test_the_dry_run_has_it_cross_and_on_no_card_more_than_was_planned(placement):
+def test_the_dry_run_exchanges_the_cache_within_planned_memory(placement):
     saved(LLAMA)
     loaded(placement, "offloaded")
     compiled = run_pipeline(Request.for_profile(Path("profile.yaml")))
@@ -273,7 +275,7 @@ def test_the_dry_run_has_it_cross_and_on_no_card_more_than_was_planned(placement
     not hasattr(transformers.cache_utils, "Fp8QuantizedLayer"), reason="this transformers has no fp8 cache"
 )
 @pytest.mark.parametrize("placement", PLACEMENTS.values(), ids=PLACEMENTS)
-def test_by_fp8_logits_are_nearly_those_of_the_whole_numbers(placement):
+def test_a_cache_in_fp8_gives_nearly_equal_logits(placement):
     plain = generated(saved(LLAMA), "cpu")
     found = generated(loaded(placement, {"implementation": "quantized", "backend": "fp8"}))
     first, second = found.logits[0].cpu(), found.logits[1].cpu()
@@ -287,8 +289,8 @@ def test_by_fp8_logits_are_nearly_those_of_the_whole_numbers(placement):
     assert planned * 30 // 32 < held["npu"] <= planned
 
 
-def test_the_twin_of_the_profile_that_ships_is_run_by_the_command():
-    """As it is, but for its sizes: a small config in the place of Llama-3.1-70B's, and cards that are simulated."""
+def test_a_small_twin_of_the_shipped_profile_runs():
+    """Unchanged but for sizes: a small config replaces Llama-3.1-70B's, and the cards are simulated."""
     shipped = (REPOSITORY / "profiles" / "llama-3.1-70b-offloaded-cache.yaml").read_text()
     twin = re.sub(r"  quantization: .*\n", "", shipped)  # which only real cards do
     for there, here in SIZES_OF_TWIN.items():

@@ -1,4 +1,6 @@
-"""Models with an adapter, or a draft model, on several devices with real numbers: collected by a process of its own."""
+"""Models with an adapter or a draft model compute with real numbers on several devices; collected in a process of its
+own.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,7 @@ def workspace(tmp_path, monkeypatch):
 
 @pytest.fixture
 def copies(monkeypatch):
-    """The simulated card is one for which weights are copied ahead, and is late with them."""
+    """Use the simulated card as one to which weights are copied ahead, with late copies."""
     streams = LateCopies()
     monkeypatch.setattr(executors, "PINNING_KIND", "npu")
     monkeypatch.setattr(streamed_weights, "CudaStreams", lambda _device: streams)
@@ -40,7 +42,7 @@ def copies(monkeypatch):
 
 
 def adapted(**arguments):
-    """PEFT's model around a plain one on the CPU; both are saved."""
+    """Return PEFT's model around a plain one on the CPU; both are saved."""
     own = {key: value for key, value in LLAMA.items() if key not in ("architectures", "dtype", "model_type")}
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", attention_bias=True, mlp_bias=True, **own))
@@ -82,13 +84,13 @@ LINEAR = {"target_modules": ["embed_tokens", "lm_head", "q_proj", "v_proj", "up_
 
 
 @pytest.mark.parametrize("placed", PLACED)
-def test_it_says_what_pefts_model_says_on_one_device(placed):
+def test_an_adapter_on_several_devices_gives_pefts_logits(placed):
     plain = adapted(**LINEAR)
     assert_same(load(*PLACED[placed]), plain)
 
 
 @pytest.mark.parametrize("placed", ["copied from the CPU", "read from the disk"])
-def test_and_where_weights_are_copied_ahead(placed, copies):
+def test_an_adapter_with_weights_copied_ahead_gives_pefts_logits(placed, copies):
     plain = adapted(**LINEAR)
     model = load(*PLACED[placed])
     assert compile_profile("profile.yaml").executor.name == "devmap"
@@ -96,12 +98,12 @@ def test_and_where_weights_are_copied_ahead(placed, copies):
 
 
 @pytest.mark.parametrize("kind", ["DoRA", "a module whole", "with biases"])
-def test_what_reads_or_replaces_weights_says_it_on_two_cards(kind):
+def test_adapters_that_read_or_replace_weights_give_pefts_logits_on_two_cards(kind):
     plain = adapted(**KINDS[kind])
     assert_same(load('match: "{model.layers.[3-5],model.norm,lm_head}", device: 1'), plain)
 
 
-def test_what_it_adds_is_where_its_module_runs():
+def test_adapter_tensors_are_where_their_module_runs():
     adapted(**LINEAR)
     model = load(*PLACED["copied from the CPU"], 'match: "model.layers.5", device: 1')
     homes = {name: parameter.device for name, parameter in model.named_parameters() if "lora_" in name}
@@ -114,7 +116,7 @@ def test_what_it_adds_is_where_its_module_runs():
 @torch.no_grad()
 @pytest.mark.parametrize("device", ["npu:1", "npu:0", "cpu"])
 @pytest.mark.parametrize("placed", ["on two cards", "copied from the CPU", "read from the disk"])
-def test_a_draft_model_on_any_device_has_the_model_write_what_it_writes_by_itself(placed, device):
+def test_generation_with_a_draft_on_any_device_equals_plain_generation(placed, device):
     own = {key: value for key, value in LLAMA.items() if key not in ("architectures", "dtype", "model_type")}
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **own)).float()

@@ -1,4 +1,4 @@
-"""Models that are given an image or sound, on several devices with real numbers: collected by a process of its own."""
+"""Models with images or sound compute with real numbers on several devices; collected in a process of its own."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def names(families):
 
 @pytest.mark.parametrize("name", names(PINS))
 @torch.no_grad()
-def test_a_plan_that_was_compiled_for_it_says_what_one_device_says(name):
+def test_a_plan_for_images_or_sound_gives_the_logits_of_one_device(name):
     require_processor(name)
     plain = saved({**IMAGE_MODELS, **SOUND_MODELS}[name])
     workload = BOTH if name in IMAGE_MODELS and name in SOUND_MODELS else SOUND if name in SOUND_MODELS else IMAGE
@@ -139,7 +139,7 @@ APART = {
 
 @pytest.mark.parametrize("name", names(APART))
 @torch.no_grad()
-def test_a_map_that_runs_with_text_and_not_with_an_image_is_refused(name):
+def test_a_map_that_runs_with_text_but_not_with_an_image_is_refused(name):
     require_processor(name)
     plain = saved(IMAGE_MODELS[name])
     device_map = {"": 0, APART[name]: 1}
@@ -166,7 +166,7 @@ TWINS = {
 
 
 @pytest.mark.parametrize("name", TWINS)
-def test_a_tiny_twin_of_a_profile_that_ships_runs(name):
+def test_a_small_twin_of_a_shipped_profile_runs(name):
     config, inputs, on_the_last = TWINS[name]
     twin = yaml.safe_load((REPOSITORY / "profiles" / f"{name}.yaml").read_text())
     Path("tiny").mkdir()

@@ -1,4 +1,4 @@
-"""Plans that use an accelerator, loaded and run: collected by a process of its own, see `test_compute_on_cpu.py`.
+"""Plans with an accelerator are loaded and run; `test_compute_on_cpu.py` collects this in a process of its own.
 
 The product's code runs unchanged, from profile to generated tokens; only the accelerator is simulated.
 """
@@ -120,7 +120,7 @@ def computed(match):
         pytest.param(['match: "model.layers.[0-4]", device: cpu'], id="only streamed"),
     ],
 )
-def test_a_llama_says_what_the_plain_model_says(pins):
+def test_a_llama_gives_the_logits_of_the_plain_model(pins):
     save(LLAMA)
     assert_same_as_plain(load(*pins))
 
@@ -157,7 +157,7 @@ def copies(monkeypatch):
         ),
     ],
 )
-def test_what_is_copied_ahead_says_what_the_plain_model_says(config, pins, copies):
+def test_weights_copied_ahead_give_the_logits_of_the_plain_model(config, pins, copies):
     save(config)
     model = load(*pins, workload="workload: {context_length: 64}\n")
     plan = compile_profile("profile.yaml")
@@ -180,7 +180,7 @@ def test_what_is_copied_ahead_says_what_the_plain_model_says(config, pins, copie
         ("a bias that is shared with a module within", "bert.encoder.layer.1"),
     ],
 )
-def test_what_is_planned_to_be_copied_ahead_is(name, resident, copies):
+def test_weights_planned_to_be_copied_ahead_are(name, resident, copies):
     torch.manual_seed(0)
     MODELS[name]().save_pretrained("random")
     model = load(
@@ -208,7 +208,7 @@ def test_what_is_planned_to_be_copied_ahead_is(name, resident, copies):
 @pytest.mark.parametrize(
     ("config", "dtype"), [(LLAMA, "bfloat16"), (LLAMA, "float32"), (MIXTURE, "bfloat16")], ids=["", "cast", "experts"]
 )
-def test_what_is_on_disk_is_read_ahead_for_a_card(config, dtype, copies):
+def test_weights_on_disk_are_read_ahead_for_a_card(config, dtype, copies):
     save(config)
     model = load(
         'match: "model.layers.[0-1]", device: disk',
@@ -238,8 +238,8 @@ def test_what_is_on_disk_is_read_ahead_for_a_card(config, dtype, copies):
     assert sum(memory.nbytes for memory in staging) <= ram.overhead_bytes + pages
 
 
-def test_each_card_brings_in_what_runs_on_it(copies, monkeypatch):
-    """By its own link: a load for one is under way while the other computes."""
+def test_each_card_copies_in_its_own_modules(copies, monkeypatch):
+    """Over its own link: a load for one card is in transit while the other computes."""
     of_cards = {}
     monkeypatch.setattr(streamed_weights, "CudaStreams", lambda device: of_cards.setdefault(str(device), LateCopies()))
     save(ROUTED)
@@ -274,8 +274,8 @@ def test_each_card_brings_in_what_runs_on_it(copies, monkeypatch):
     assert {path: str(device) for phase, path, device in simulation.calls if phase == "prefill"} == ran_on
 
 
-def test_cards_take_turns_where_their_links_bring_more_at_once(copies, monkeypatch):
-    """While a block computes on one card, what the next needs comes to the other."""
+def test_cards_alternate_if_their_links_together_are_faster(copies, monkeypatch):
+    """While a block computes on one card, the next one's weights are copied to the other."""
     of_cards = {}
     monkeypatch.setattr(streamed_weights, "CudaStreams", lambda device: of_cards.setdefault(str(device), LateCopies()))
     save({**LLAMA, "num_hidden_layers": 8})
@@ -362,7 +362,7 @@ def test_experts_on_the_cpu_are_copied_ahead_for_prompts(pins, copies, runs):
 
 
 @torch.no_grad()
-def test_experts_that_are_others_than_those_of_the_checkpoint_are_not_copied_for_prompts(runs):
+def test_replaced_experts_are_not_copied_for_prompts(runs):
     model = load_for_prompts()
     plain = AutoModelForCausalLM.from_pretrained("random")
     for each in (model, plain):
@@ -375,7 +375,7 @@ def test_experts_that_are_others_than_those_of_the_checkpoint_are_not_copied_for
 
 
 @torch.no_grad()
-def test_experts_are_on_the_cpu_again_where_they_failed(runs, monkeypatch):
+def test_experts_are_on_the_cpu_again_after_a_failure(runs, monkeypatch):
     model = load_for_prompts()
     with monkeypatch.context() as context:
         context.setattr(Qwen3MoeExperts, "_apply_gate", None)
@@ -386,7 +386,7 @@ def test_experts_are_on_the_cpu_again_where_they_failed(runs, monkeypatch):
     assert_same_as_plain(model)
 
 
-def test_a_dry_run_copies_experts_for_its_prompt_alone(copies):
+def test_a_dry_run_copies_experts_only_for_its_prompt(copies):
     load_for_prompts()
     compilation = run_pipeline(Request(path=Path("profile.yaml")))
     simulation = simulation_of(compilation.plan, compilation.model)
@@ -402,8 +402,8 @@ def test_a_dry_run_copies_experts_for_its_prompt_alone(copies):
     }
 
 
-def test_who_asks_for_weights_on_the_cpu_has_them_from_there(copies):
-    """As transformers does where it saves them."""
+def test_streamed_weights_can_be_read_on_the_cpu(copies):
+    """As transformers does when it saves them."""
     save(LLAMA)
     layer = load('match: "model.layers.[0-4]", device: cpu').model.layers[2].mlp.up_proj
     plain = AutoModelForCausalLM.from_pretrained("random").model.layers[2].mlp.up_proj
@@ -413,14 +413,14 @@ def test_who_asks_for_weights_on_the_cpu_has_them_from_there(copies):
     assert layer.weight.is_meta
 
 
-def test_memory_that_cannot_be_pinned_ends_a_load(copies, monkeypatch):
+def test_memory_that_cannot_be_pinned_is_an_error(copies, monkeypatch):
     monkeypatch.setattr(streamed_weights, "_pin", lambda *_: False)
     save(LLAMA)
     with pytest.raises(RunnerError, match=r"KiB of memory cannot be pinned, from which weights are copied"):
         load('match: "model.layers.[0-4]", device: cpu')
 
 
-def test_tied_embeddings_on_the_cpu():
+def test_tied_embeddings_compute_on_the_cpu():
     save({**LLAMA, "tie_word_embeddings": True})
     assert_same_as_plain(load(computed("{model.embed_tokens,lm_head}")))
 
@@ -439,7 +439,7 @@ def implementations(model):
     return [model.model.layers[index].mlp.experts.config._experts_implementation for index in (1, 2)]
 
 
-def test_a_mixture_says_what_the_plain_model_says():
+def test_a_mixture_gives_the_logits_of_the_plain_model():
     save(MIXTURE)
     assert_same_as_plain(load(computed("model.layers.*.mlp.experts")))
 
@@ -502,7 +502,7 @@ def test_each_unit_runs_once_a_forward_on_the_cpu_and_returns_to_its_block(confi
     assert returned == [CARD, CARD]
 
 
-def test_nothing_of_a_computed_unit_is_streamed_and_what_is_streamed_still_is():
+def test_cpu_computed_units_are_not_streamed_and_others_still_are():
     save(LLAMA)
     model = load(computed("model.layers.2"), 'match: "model.layers.3", device: cpu')
     computed_parts, streamed = (list(model.model.layers[index].modules()) for index in (2, 3))
@@ -514,7 +514,7 @@ def test_nothing_of_a_computed_unit_is_streamed_and_what_is_streamed_still_is():
 
 
 @torch.no_grad()
-def test_the_cache_of_attention_on_the_cpu_is_there_too():
+def test_the_cache_of_attention_on_the_cpu_is_on_the_cpu():
     save(LLAMA)
     model = load(computed("model.layers.[2-3].self_attn"))
     forwards = Forwards(
@@ -526,8 +526,8 @@ def test_the_cache_of_attention_on_the_cpu_is_there_too():
 
 
 @torch.no_grad()
-def test_without_its_hook_a_unit_leaves_its_block_on_two_devices():
-    """The control: the simulation notices what a card would."""
+def test_without_its_hook_a_cpu_computed_unit_fails():
+    """A control: the simulation raises the error that a card would."""
     save(LLAMA)
     model = load(computed("model.layers.2.mlp"))
     model.model.layers[2].mlp._hf_hook.io_same_device = False
@@ -638,7 +638,7 @@ def test_transformers_reads_the_map_as_it_reads_its_own():
     assert {type(device) for device in model.hf_device_map.values()} == {int, str}
 
 
-def test_what_is_streamed_is_frozen_and_placing_it_anew_is_told():
+def test_streamed_weights_are_frozen_and_placing_them_anew_is_a_warning():
     save(LLAMA)
     model = load('match: "{model.embed_tokens,model.layers.1}", device: cpu')
     assert next(iter(model.hf_device_map.values())) == 0  # to which pipelines bring what the model is given
@@ -649,7 +649,7 @@ def test_what_is_streamed_is_frozen_and_placing_it_anew_is_told():
     assert not any(parameter.is_meta for parameter in model.parameters())
 
 
-def test_devmap_run_speaks():
+def test_devmap_run_generates_on_the_accelerator():
     save(MIXTURE)
     load(computed("model.layers.[2-3].mlp.experts"), computed("model.embed_tokens"))
     done = CliRunner().invoke(
@@ -667,8 +667,8 @@ def test_devmap_run_speaks():
     assert done.stderr == ""
 
 
-def test_devmap_run_warns_of_nothing_that_the_plan_answers():
-    """transformers takes an embedding that is streamed for one on another device than the tokens."""
+def test_devmap_run_omits_warnings_that_the_plan_explains():
+    """transformers takes a streamed embedding for one on another device than the tokens."""
     save(LLAMA)
     load('match: "model.embed_tokens", device: cpu')
     arguments = ["profile.yaml", "--max-new-tokens", "2", "--format", "json"]
@@ -701,7 +701,7 @@ def test_random_weights_are_placed_and_run_over_two_cards():
 
 
 def test_a_plan_and_auto_are_measured_on_a_card(monkeypatch):
-    """In this process, since the accelerator is simulated here alone."""
+    """In this process, since only here the accelerator is simulated."""
     save(LLAMA)
     load('match: "model.layers.[3-5]", device: cpu, compute: cpu')
     monkeypatch.setattr(benchmark_process, "discard_output", lambda stream: None)
@@ -723,7 +723,7 @@ def test_a_plan_and_auto_are_measured_on_a_card(monkeypatch):
         assert set(map(str, sample.generation.kv_cache_bytes)) == held
 
 
-def test_a_receipt_takes_back_that_none_was_ever_run_on_so_many_such_cards(monkeypatch, tmp_path):
+def test_receipts_of_such_cards_remove_the_never_on_cards_warning(monkeypatch, tmp_path):
     save(LLAMA)
     load('match: "model.layers.4", device: npu:1')
     plan = compile_profile("profile.yaml")
@@ -768,7 +768,7 @@ def test_the_probe_sees_and_measures_the_cards(monkeypatch):
     assert prediction.prefill_nanoseconds > 0
 
 
-def test_devmap_run_asks_the_cards_first(monkeypatch):
+def test_devmap_run_first_checks_the_memory_of_the_cards(monkeypatch):
     save(LLAMA)
     load('match: "model.layers.4", device: npu:1')
     backend = type(torch.npu)
@@ -784,7 +784,7 @@ def test_devmap_run_asks_the_cards_first(monkeypatch):
 
 @torch.no_grad()
 @pytest.mark.parametrize("join", JOINS)
-def test_a_plan_that_was_mended_runs_and_says_what_the_plain_model_says(join):
+def test_a_repaired_plan_gives_the_logits_of_the_plain_model(join):
     Path("random").mkdir()
     Path("random/modeling_joining.py").write_text(code_of(join))
     Path("random/config.json").write_text(json.dumps(config_of(6)))
@@ -844,7 +844,7 @@ WHAT_BECOMES_OF_MAPS = {
 
 @torch.no_grad()
 def what_becomes_of(device_map):
-    """What plain transformers makes of a map of the model in `random`."""
+    """Return the outcome of a map in plain transformers, for the model in `random`."""
     try:
         model = AutoModelForCausalLM.from_pretrained("random", device_map=device_map)
     except (ValueError, KeyError):
@@ -858,7 +858,7 @@ def what_becomes_of(device_map):
 
 
 @pytest.mark.parametrize("name", WHAT_BECOMES_OF_MAPS)
-def test_what_adopt_says_of_a_map_is_what_plain_transformers_makes_of_it(name):
+def test_adopts_findings_match_what_plain_transformers_does_with_a_map(name):
     device_map, is_tied, outcome, codes = WHAT_BECOMES_OF_MAPS[name]
     save({**LLAMA, "num_hidden_layers": 12, "tie_word_embeddings": is_tied})
     assert what_becomes_of(device_map) == outcome

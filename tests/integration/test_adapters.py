@@ -1,4 +1,4 @@
-"""A profile with an adapter: compiled, locked, loaded by PEFT and verified, on a CPU and a disk."""
+"""A profile with an adapter is compiled, locked, loaded by PEFT and verified, on a CPU and a disk."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def workspace(tmp_path, monkeypatch):
 
 
 def adapted(**arguments):
-    """PEFT's model around the plain one, whose adapter is saved as well."""
+    """Return PEFT's model around the plain one; the adapter is saved as well."""
     return save_adapter(AutoModelForCausalLM.from_pretrained("random"), **arguments)
 
 
@@ -71,7 +71,7 @@ def assert_same(model, plain):
     [pytest.param(IN_MEMORY, marks=pytest.mark.zoo, id="in memory"), pytest.param(PARTLY_ON_DISK, id="partly on disk")],
 )
 @pytest.mark.parametrize("kind", ["all linear", "an embedding", "the head", "ranks by name", "rank-stabilised"])
-def test_it_says_what_pefts_model_says(kind, machine):
+def test_a_model_with_an_adapter_gives_pefts_logits(kind, machine):
     plain = adapted(**KINDS[kind])
     write_profile(machine)
     assert compiled() == 0
@@ -79,7 +79,7 @@ def test_it_says_what_pefts_model_says(kind, machine):
 
 
 @pytest.mark.parametrize("kind", ["DoRA", "a module whole", "with biases", "with a bias of its own"])
-def test_what_reads_or_replaces_the_models_own_weights_works_where_these_are(kind):
+def test_adapters_that_read_or_replace_base_weights_work_if_these_are_resident(kind):
     plain = adapted(**KINDS[kind])
     write_profile(IN_MEMORY)
     assert compiled() == 0
@@ -87,7 +87,7 @@ def test_what_reads_or_replaces_the_models_own_weights_works_where_these_are(kin
 
 
 @pytest.mark.parametrize("kind", ["DoRA", "a module whole", "with biases"])
-def test_and_is_refused_where_they_are_away(kind):
+def test_adapters_that_read_or_replace_base_weights_are_refused_if_these_are_on_disk(kind):
     adapted(**KINDS[kind])
     write_profile(PARTLY_ON_DISK.replace("model.layers.[2-5]", "{model.layers.[2-5],model.norm,lm_head}"))
     [finding] = run_pipeline(Request(path=Path("profile.yaml"))).diagnostics
@@ -95,7 +95,7 @@ def test_and_is_refused_where_they_are_away(kind):
     assert "`{match: " in finding.help
 
 
-def test_what_it_adds_is_counted_and_stays_in_memory():
+def test_adapter_tensors_are_counted_and_kept_in_memory():
     adapted(target_modules="all-linear")
     write_profile(PARTLY_ON_DISK)
     held_bytes = {use.id.kind: use.weights_bytes for use in compile_profile("profile.yaml").devices}
@@ -114,7 +114,7 @@ def test_what_it_adds_is_counted_and_stays_in_memory():
         "{method: fp8, weight_block_size: [32, 32]}",
     ],
 )
-def test_what_it_adapts_is_quantised_as_without_it(quantization):
+def test_adapted_modules_are_quantised_as_without_the_adapter(quantization):
     adapted(target_modules="all-linear")
     sizes = []
     for named in (", adapter: adapter", ""):
@@ -128,7 +128,7 @@ def test_what_it_adapts_is_quantised_as_without_it(quantization):
     assert sizes[0] - sizes[1] == sum(end - start for _, _, start, end in saved.values())
 
 
-def test_the_lock_is_of_its_config(capsys):
+def test_a_changed_adapter_config_makes_the_lock_stale(capsys):
     adapted(target_modules=["q_proj"])
     write_profile(IN_MEMORY)
     assert compiled() == 0
@@ -140,7 +140,7 @@ def test_the_lock_is_of_its_config(capsys):
     assert "the adapter's config changed" in capsys.readouterr().err
 
 
-def test_it_compiles_without_peft_and_says_that_loading_needs_it(monkeypatch):
+def test_an_adapter_compiles_without_peft_and_loading_without_it_is_an_error(monkeypatch):
     adapted(target_modules=["q_proj"])
     write_profile(IN_MEMORY)
     monkeypatch.setitem(sys.modules, "peft", None)
@@ -150,7 +150,7 @@ def test_it_compiles_without_peft_and_says_that_loading_needs_it(monkeypatch):
     assert caught.value.code == "peft-missing"
 
 
-def test_a_file_that_is_not_what_its_config_says_is_refused_when_compiling_and_when_loading():
+def test_adapter_weights_that_differ_from_their_config_are_refused():
     adapted(target_modules=["q_proj"])
     write_profile(IN_MEMORY)
     assert compiled() == 0
@@ -168,7 +168,7 @@ def test_a_file_that_is_not_what_its_config_says_is_refused_when_compiling_and_w
         assert caught.value.code == "bad-adapter"
 
 
-def test_run_shows_what_it_says_and_tries_it_without_weights():
+def test_run_generates_with_an_adapter_also_with_random_weights():
     adapted(target_modules="all-linear")
     write_profile(PARTLY_ON_DISK)
     assert compiled() == 0
@@ -177,7 +177,7 @@ def test_run_shows_what_it_says_and_tries_it_without_weights():
     assert "loaded random weights" in done.output
 
 
-def test_the_one_that_ships_says_its_sentence():
+def test_the_shipped_profile_with_an_adapter_writes_its_sentence():
     arguments = [str(REPOSITORY / "profiles/quickstart-lora.yaml"), "--prompt", "An adapter", "--max-new-tokens", "48"]
     done = CliRunner().invoke(run_model, [*arguments, "--no-probe"])
     assert done.exit_code == 0, done.output
@@ -198,7 +198,7 @@ def test_the_one_that_ships_says_its_sentence():
         (f"{{source: someone/lora, revision: {'0' * 40}}}", "is not available from the hub"),
     ],
 )
-def test_an_adapter_that_is_not_there_is_told(adapter, told, workspace):
+def test_a_missing_adapter_is_an_error(adapter, told, workspace):
     (workspace.parent / "elsewhere").mkdir(exist_ok=True)
     write_profile(IN_MEMORY)
     Path("profile.yaml").write_text(Path("profile.yaml").read_text().replace("adapter: adapter", f"adapter: {adapter}"))
@@ -208,7 +208,7 @@ def test_an_adapter_that_is_not_there_is_told(adapter, told, workspace):
     assert finding.help
 
 
-def test_one_of_the_hub_is_read_at_its_commit(monkeypatch, workspace):
+def test_an_adapter_of_the_hub_is_read_at_its_commit(monkeypatch, workspace):
     plain = adapted(target_modules=["q_proj"])
     commit = "0123456789" * 4
     folder = workspace / "hub" / "models--someone--lora"
@@ -224,7 +224,7 @@ def test_one_of_the_hub_is_read_at_its_commit(monkeypatch, workspace):
 
 
 @pytest.mark.parametrize("command", [[run_model, "--receipt", "r.json"], [bench]])
-def test_what_is_of_a_model_alone_refuses_it(command):
+def test_receipts_and_benchmarks_refuse_adapters(command):
     adapted(target_modules=["q_proj"])
     write_profile(IN_MEMORY)
     assert compiled() == 0
@@ -233,7 +233,7 @@ def test_what_is_of_a_model_alone_refuses_it(command):
     assert "error[unfit-adapter]" in done.stderr
 
 
-def test_a_link_out_of_the_repository_is_not_followed(workspace):
+def test_an_adapter_linked_from_outside_the_repository_is_refused(workspace):
     adapted(target_modules=["q_proj"])
     config = Path("adapter/adapter_config.json")
     (workspace.parent / "secret.json").write_bytes(config.read_bytes())
@@ -244,7 +244,7 @@ def test_a_link_out_of_the_repository_is_not_followed(workspace):
     assert "leads out of the repository" in finding.message
 
 
-def test_a_rule_for_what_it_adds_alone_is_refused():
+def test_a_pin_for_adapter_tensors_alone_is_refused():
     adapted(target_modules=["q_proj"])
     write_profile(
         "{hardware: {devices: {cuda:0: {memory: 1GiB}, cuda:1: {memory: 1GiB}}}, placement: {pins: ["
@@ -255,7 +255,7 @@ def test_a_rule_for_what_it_adds_alone_is_refused():
     assert "an adapter's tensors are on the device of their module" in finding.message
 
 
-def test_a_graph_that_is_kept_beside_is_of_the_adapter_too():
+def test_a_vendored_graph_includes_the_adapter():
     adapted(target_modules=["q_proj"])
     write_profile(IN_MEMORY)
     assert devmap("compile", "profile.yaml", "--vendor", "-q") == 0

@@ -1,4 +1,4 @@
-"""`devmap bench`: a plan and plain transformers take turns, and are compared where the machine is quiet enough."""
+"""`devmap bench` runs a plan and plain transformers in turns, and compares them if the machine is quiet enough."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def run(*arguments):
 
 
 def jobs():
-    """A job of each loader, of a model whose weights are never written."""
+    """Return a job of each loader, for a model whose weights are never written."""
     deployment = prepare(Path("profile.yaml"), variables={}, needs_weights=False)
     workload = deployment.compiled.loaded.profile.workload
     options = {"variables": {}, "permissions": NO_PERMISSIONS, "generation": planned_generation(workload, 4)}
@@ -68,7 +68,7 @@ def takes(**seconds):
     return run_in_process
 
 
-def test_a_ratio_is_that_of_each_round_and_its_spread():
+def test_ratios_are_computed_per_round_with_their_spread():
     ratio = ratio_of((1.0, 1.0, 1.1, 1.0), (2.0, 2.1, 2.2, 2.0))
     assert (ratio.median, ratio.least, ratio.most, ratio.is_too_noisy) == (2.0, 2.0, pytest.approx(2.1), False)
 
@@ -82,11 +82,11 @@ def test_a_ratio_is_that_of_each_round_and_its_spread():
         ((1.0, 1.0, 3.0, 3.0), (2.0,) * 4, False),  # slower from one hour to the next, and both halves alike
     ],
 )
-def test_it_is_too_noisy_where_the_same_measured_twice_differs_by_more_than_a_tenth(own, others, is_too_noisy):
+def test_a_machine_is_noisy_if_two_equal_runs_differ_by_a_tenth(own, others, is_too_noisy):
     assert ratio_of(own, others).is_too_noisy is is_too_noisy
 
 
-def test_the_order_rotates_so_that_nobody_is_always_first():
+def test_the_order_of_loaders_rotates():
     assert list(benchmark.turns(("plan", "auto", "cpu"), 4)) == [
         ("plan", "auto", "cpu"),
         ("auto", "cpu", "plan"),
@@ -108,7 +108,7 @@ def test_beside_cards_nothing_is_compared_with_the_cpu_alone(workspace):
     assert [(job.loader, set(job.max_memory)) for job in jobs()] == [("plan", {0, "cpu"}), ("auto", {0, "cpu"})]
 
 
-def test_a_whole_run_tells_what_each_took(workspace, monkeypatch):
+def test_a_whole_benchmark_reports_each_loaders_times(workspace, monkeypatch):
     """Seven processes, and one that imports the libraries for them: some ten seconds."""
     write_profile()
     monkeypatch.setattr(benchmark, "run_in_process", lambda job: run_in_process(replace(job, least_seconds=0)))
@@ -165,7 +165,7 @@ def test_times_are_shown_with_their_spread_and_ratios(workspace, monkeypatch):
     assert max(map(len, lines)) <= 80
 
 
-def test_what_was_predicted_is_told_with_what_it_rests_on(workspace, monkeypatch):
+def test_predictions_are_shown_with_their_basis(workspace, monkeypatch):
     write_profile("cpu: {memory: 1GiB, bandwidth: 9GB/s measured, flops: 90GFLOP/s measured}")
     monkeypatch.setattr(benchmark, "run_in_process", takes(plan=[1.0] * 2, auto=[1.5] * 2, cpu=[2.0] * 2))
     lines = run("--rounds", "2").stdout.splitlines()
@@ -177,7 +177,7 @@ def test_what_was_predicted_is_told_with_what_it_rests_on(workspace, monkeypatch
     assert {phase: each["rates"] for phase, each in told.items()} == {"decode": "stated", "prefill": "stated"}
 
 
-def test_a_quiet_machine_is_told_nothing_of_noise(workspace, monkeypatch):
+def test_a_quiet_machine_gets_no_message_about_noise(workspace, monkeypatch):
     write_profile()
     monkeypatch.setattr(benchmark, "run_in_process", takes(plan=[1.0] * 2, auto=[1.5] * 2, cpu=[2.0] * 2))
     done = run("--rounds", "2")
@@ -198,7 +198,7 @@ def test_the_table_is_no_wider_than_the_terminal(workspace, monkeypatch, columns
 OUT_OF_MEMORY = SampleFailure(doing="running", reason="CUDA out of memory", is_out_of_memory=True)
 
 
-def test_what_runs_out_of_memory_under_auto_is_a_result(workspace, monkeypatch):
+def test_running_out_of_memory_under_auto_is_a_result(workspace, monkeypatch):
     write_profile()
     monkeypatch.setattr(benchmark, "run_in_process", takes(plan=[1.0] * 2, auto=[1.0, OUT_OF_MEMORY], cpu=[2.0] * 2))
     done = run("--rounds", "2")
@@ -218,7 +218,7 @@ def test_a_plan_that_fails_is_an_error_and_no_ratio(workspace, monkeypatch):
     assert len(value["benchmark"]["loaders"]["auto"]["decode_seconds"]) == 2
 
 
-def test_a_model_that_does_not_decode_prefills_all_that_there_is_room_for(workspace):
+def test_an_encoder_is_measured_with_the_planned_prompt(workspace):
     write_profile()
     workload = prepare(Path("profile.yaml"), variables={}, needs_weights=False).compiled.loaded.profile.workload
     planned = planned_generation(workload, 16, decodes=False)
@@ -236,13 +236,13 @@ def test_the_plans_that_the_page_measures_compile_and_have_room_for_what_is_aske
     assert command in (REPOSITORY / "docs" / "performance.md").read_text(encoding="utf-8")
 
 
-def test_more_than_the_plan_has_room_for_is_refused(workspace):
+def test_more_tokens_than_the_planned_context_are_refused(workspace):
     write_profile()
     done = run("--new-tokens", "32")
     assert (done.return_value, "error[beyond-context]" in done.stderr) == (1, True)
 
 
-def test_what_cannot_be_loaded_in_a_process_comes_back_as_a_failure(workspace):
+def test_a_model_that_cannot_be_loaded_is_returned_as_a_failure(workspace):
     write_profile()
     _, auto, _ = jobs()
     found = run_in_process(replace(auto, request=replace(auto.request, weights="nowhere")))
@@ -254,7 +254,7 @@ def die(job):
     os._exit(9)
 
 
-def test_a_process_that_the_system_kills_comes_back_as_a_failure(workspace, monkeypatch):
+def test_a_killed_process_is_returned_as_a_failure(workspace, monkeypatch):
     write_profile()
     monkeypatch.setattr(benchmark_process, "measure", die)
     found = run_in_process(jobs()[0])
@@ -281,6 +281,6 @@ def test_nothing_is_imported_from_the_working_folder(tmp_path):
         "[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to",
     ],
 )
-def test_memory_that_cannot_be_had_is_told_from_other_failures(said):
+def test_out_of_memory_errors_are_recognised(said):
     assert is_out_of_memory(RuntimeError(said))
     assert not is_out_of_memory(RuntimeError("a size does not fit"))

@@ -63,7 +63,7 @@ def run(environment, tmp_path):
 
 
 @pytest.mark.docs
-def test_the_walk_through_of_the_page(run):
+def test_the_commands_of_the_page_run_in_order(run):
     """Run the page's blocks one after the other; each says its exit code, the block after it what is printed."""
     page = (REPOSITORY / "docs" / "ci.md").read_text()
     folder, output, ran, shown = None, "", 0, 0
@@ -166,12 +166,12 @@ def test_the_action_and_the_hooks_have_the_shape_that_their_readers_want(tmp_pat
     assert used == set(action()["inputs"])
 
 
-def test_the_action_is_content_with_fresh_locks(run, placed, tmp_path):
+def test_the_action_passes_with_fresh_locks(run, placed, tmp_path):
     done, _ = step(run, "Check", placed, tmp_path, profiles="profiles")
     assert (done.returncode, done.stdout) == (0, "")
 
 
-def test_the_action_annotates_what_is_stale_and_what_is_wrong(run, placed, tmp_path):
+def test_the_action_annotates_stale_locks_and_errors(run, placed, tmp_path):
     change(placed)
     done, _ = step(run, "Check", placed, tmp_path, profiles="profiles")
     assert done.returncode == 3
@@ -206,7 +206,7 @@ def test_the_summary_is_empty_where_no_lock_changed(run, placed, tmp_path):
     assert (done.returncode, done.stdout, summary) == (0, "", "")
 
 
-def test_a_base_that_is_not_there_is_a_notice(run, placed, tmp_path):
+def test_a_missing_base_commit_is_a_notice(run, placed, tmp_path):
     done, summary = step(run, "Show", placed, tmp_path, profiles="profiles", base="0" * 40)
     assert (done.returncode, summary) == (0, "")
     assert "::notice title=devmap::" in done.stdout
@@ -252,7 +252,7 @@ def copied(folder, name):
         shutil.copy(folder / f"profiles/a{suffix}", folder / "profiles" / name.replace(".yaml", suffix))
 
 
-def test_the_action_holds_for_any_name_of_a_file(run, placed, tmp_path):
+def test_the_action_works_for_any_file_name(run, placed, tmp_path):
     for name in STRANGE:
         copied(placed, name)
     (placed / "profiles/b.yaml").unlink()
@@ -277,7 +277,7 @@ def test_the_action_holds_for_any_name_of_a_file(run, placed, tmp_path):
     assert "### `profiles/-q né.lock.json`\n" in summary
 
 
-def test_what_is_run_is_pinned_and_may_do_little():
+def test_actions_are_pinned_and_have_few_permissions():
     """Actions are commits, permissions are stated, and no expression of a stranger's becomes a part of a script."""
     page = (REPOSITORY / "docs" / "ci.md").read_text()
     shown = [yaml.safe_load(text) for text in re.findall(r"^```yaml\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)]
@@ -364,7 +364,7 @@ def test_the_hook_compiles_profiles_of_any_name(run, hooked):
     assert run("devmap", "check", "profiles", folder=folder).returncode == 0
 
 
-def test_the_hook_compiles_what_changed_and_fails_where_it_writes(run, hooked):
+def test_the_hook_compiles_changed_profiles_and_fails_if_it_writes(run, hooked):
     folder = hooked(**{"devmap-compile": {}})
     (folder / "profiles" / "c.yaml").write_text(PROFILE)
     change(folder)

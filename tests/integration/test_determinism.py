@@ -1,4 +1,4 @@
-"""The same profile gives the same lock, byte for byte, wherever and by whatever Python it is compiled.
+"""A profile compiles to the same lock, byte for byte, under every setting, directory, Python and installation.
 
 The graph is kept beside the profile, so that none of these runs needs torch.
 """
@@ -129,7 +129,7 @@ def test_the_lock_is_the_same_from_every_working_directory(vendored, folder):
     assert locks_by(sys.executable, folder=folder, **HERE) == vendored
 
 
-def test_the_lock_is_the_same_where_the_repository_lies_elsewhere(vendored, tmp_path, monkeypatch):
+def test_the_lock_is_the_same_if_the_repository_is_elsewhere(vendored, tmp_path, monkeypatch):
     moved = tmp_path / "a folder" / "with ünusual name"
     moved.mkdir(parents=True)
     for path in itertools.chain(Path().glob("*.yaml"), Path().glob("*.graph.json")):

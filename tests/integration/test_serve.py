@@ -1,4 +1,4 @@
-"""`devmap serve` as its clients see it: OpenAI's own, many at once, clients that go away, and what is not for them."""
+"""`devmap serve` answers OpenAI's client as transformers does, serves many at once, and refuses invalid requests."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def client(url):
 
 
 def written(model, text, count, **options):
-    """What plain transformers writes after a text."""
+    """Return what plain transformers writes after a text."""
     inputs = TOKENIZER(text, return_tensors="pt", return_token_type_ids=False)
     tokens = model.generate(**inputs, max_new_tokens=count, **{"do_sample": False, **options})[0]
     prompt = inputs["input_ids"].shape[1]
@@ -145,7 +145,7 @@ def test_a_chat_is_what_transformers_answers_at_once_and_in_a_stream(client, mod
     assert again.choices[0].message.content == expected
 
 
-def test_a_text_ends_before_a_word_that_stops_it(client, model):
+def test_a_text_ends_before_its_stop_word(client, model):
     _, expected, _ = written(model, PROMPT, 40)
     stop = expected[20:29]
     before = expected[: expected.index(stop)]
@@ -159,7 +159,7 @@ def test_a_text_ends_before_a_word_that_stops_it(client, model):
     assert ("".join(part.choices[0].text for part in parts), parts[-1].choices[0].finish_reason) == (before, "stop")
 
 
-def test_a_seed_decides_what_is_drawn(client, model):
+def test_sampling_depends_on_the_seed(client, model):
     def drawn(**options):
         asked = {"model": "tiny", "prompt": PROMPT, "max_tokens": 12, **options}
         return client.completions.create(**asked).choices[0].text
@@ -172,7 +172,7 @@ def test_a_seed_decides_what_is_drawn(client, model):
     assert drawn() == drawn(temperature=0, seed=3) == drawn(temperature=1, top_p=1e-9) == greedy
 
 
-def test_the_model_is_named(client, url):
+def test_the_served_model_is_listed(client, url):
     assert [each.id for each in client.models.list()] == ["tiny"]
     assert client.models.retrieve("tiny").id == "tiny"
     assert httpx2.get(f"{url[:-3]}/health").json() == {"status": "ok", "waiting": 0}
@@ -203,27 +203,27 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("field", "param"), REFUSED, ids=[str(field)[:40] for field, _ in REFUSED])
-def test_what_is_not_done_is_refused_by_its_name(client, field, param):
+def test_unsupported_parameters_are_refused_by_name(client, field, param):
     with pytest.raises(openai.BadRequestError) as refusal:
         client.chat.completions.create(**{"model": "tiny", "messages": CHAT, "max_tokens": 1, **field})
     assert refusal.value.body["type"] == "invalid_request_error"
     assert (refusal.value.param, f"`{param}`" in refusal.value.message) == (param, True)
 
 
-def test_what_asks_for_nothing_is_taken(client):
+def test_parameters_with_neutral_values_are_accepted(client):
     nothing = {"n": 1, "logprobs": False, "presence_penalty": 0, "tool_choice": "none", "user": "alice"}
     answer = {"role": "assistant", "content": "yes", "refusal": None, "tool_calls": None}
     asked = {"model": "tiny", "messages": [*CHAT, answer, *CHAT], "max_tokens": 1, **nothing}
     assert client.chat.completions.create(**asked).usage.completion_tokens == 1
 
 
-def test_another_model_is_not_there(client):
+def test_another_model_is_not_found(client):
     with pytest.raises(openai.NotFoundError, match="no model `gpt-4` here, but `tiny`") as refusal:
         client.completions.create(model="gpt-4", prompt="a")
     assert (refusal.value.code, refusal.value.param) == ("model_not_found", "model")
 
 
-def test_what_is_longer_than_the_planned_context_is_refused(client):
+def test_requests_beyond_the_planned_context_are_refused(client):
     for prompt, count in (("tied " * (CONTEXT // 2), 1), (PROMPT, CONTEXT)):
         with pytest.raises(openai.BadRequestError) as refusal:
             client.completions.create(model="tiny", prompt=prompt, max_tokens=count)
@@ -245,12 +245,12 @@ def test_what_is_longer_than_the_planned_context_is_refused(client):
         (b" " * 4_000_001, 413, "4,000,000 bytes"),
     ],
 )
-def test_a_body_that_is_no_request_is_refused(url, body, status, said):
+def test_an_invalid_body_is_refused(url, body, status, said):
     found = httpx2.post(f"{url}/completions", content=body, headers={"content-type": "application/json"})
     assert (found.status_code, said in found.json()["error"]["message"]) == (status, True)
 
 
-def test_what_a_page_in_a_browser_sends_is_refused(url):
+def test_requests_of_web_pages_are_refused(url):
     body = b'{"model": "tiny", "prompt": "a"}'
     as_form = httpx2.post(f"{url}/completions", content=body, headers={"content-type": "text/plain"})
     assert (as_form.status_code, "application/json" in as_form.json()["error"]["message"]) == (415, True)
@@ -266,7 +266,7 @@ def test_what_a_page_in_a_browser_sends_is_refused(url):
 # -- many at once ------------------------------------------------------------------------------------------------------
 
 
-def test_of_forty_at_once_some_are_answered_and_others_told_to_come_again(client, model):
+def test_of_forty_requests_at_once_some_are_answered_and_others_told_to_retry(client, model):
     _, expected, _ = written(model, PROMPT, 150)
     together = threading.Barrier(40)
 
@@ -290,7 +290,7 @@ def test_of_forty_at_once_some_are_answered_and_others_told_to_come_again(client
     assert client.completions.create(model="tiny", prompt=PROMPT, max_tokens=1).usage.completion_tokens == 1
 
 
-def test_nothing_is_written_for_a_client_that_is_gone(client, url):
+def test_generation_ends_if_the_client_disconnects(client, url):
     asked = {"model": "tiny", "prompt": PROMPT, "max_tokens": LONG, "temperature": 0}
     streams = []
     for _ in range(3):  # one is being written and two wait
@@ -360,7 +360,7 @@ def refused(*options):
     return done.return_value, done.stderr
 
 
-def test_without_the_library_it_is_said_what_to_install(workspace, monkeypatch):
+def test_a_missing_library_is_an_error_with_the_install_command(workspace, monkeypatch):
     Path("profile.yaml").write_text("version: 1\n")
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     code, said = refused()
@@ -368,7 +368,7 @@ def test_without_the_library_it_is_said_what_to_install(workspace, monkeypatch):
     assert "pip install 'devmap-config[serve]'" in said
 
 
-def test_an_address_that_cannot_be_had_is_told_before_anything_is_loaded(workspace):
+def test_an_unavailable_address_is_an_error_before_loading(workspace):
     Path("profile.yaml").write_text("version: 1\n")
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
@@ -377,7 +377,7 @@ def test_an_address_that_cannot_be_had_is_told_before_anything_is_loaded(workspa
             assert (done.exit_code, f"cannot listen at {place}" in done.stderr) == (2, True)
 
 
-def test_a_model_that_writes_nothing_is_not_served(workspace):
+def test_a_model_that_writes_no_text_is_not_served(workspace):
     sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     BertForMaskedLM(BertConfig(**sizes, vocab_size=len(TOKENIZER))).save_pretrained("model")
     write_profile(Path())

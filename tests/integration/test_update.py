@@ -1,4 +1,4 @@
-"""A model on a hub: its revision is resolved once, moved by `devmap update` alone; of weights only headers are read."""
+"""A hub model's revision is resolved once and changed by `devmap update` only; of weights only headers are read."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def test_a_branch_is_resolved_once_and_moves_by_update_alone(hub, monkeypatch):
     assert {end for _, end in hub.sent_of("model.safetensors")} == {8, *ends}
 
 
-def test_another_revision_or_model_is_not_held_at_the_old_commit(hub):
+def test_another_revision_or_model_is_resolved_anew(hub):
     hub.branches["v2"] = SECOND
     devmap(hub, "compile", "profile.yaml")
     Path("profile.yaml").write_text(PROFILE.replace("main", "v2"))
@@ -127,7 +127,7 @@ def test_update_without_the_hub_says_so_and_leaves_the_lock(hub):
     assert devmap(hub, "check", "profile.yaml", HF_HUB_OFFLINE="1").returncode == 0
 
 
-def test_update_of_what_does_not_move(hub):
+def test_update_of_a_fixed_revision_changes_nothing(hub):
     Path("profile.yaml").write_text(PROFILE.replace("main", FIRST))
     assert "is a commit, which never moves" in devmap(hub, "update", "profile.yaml").stdout
     Path("profile.yaml").write_text(PROFILE.replace("people/llama, revision: main", "llama"))
@@ -145,7 +145,7 @@ def test_update_makes_the_graph_beside_the_profile_anew(hub):
     assert devmap(hub, "check", "profile.yaml", HF_HUB_OFFLINE="1", HF_HOME="nowhere").returncode == 0
 
 
-def test_a_graph_beside_the_profile_is_held_to_the_config_that_the_hubs_cache_has(hub):
+def test_a_vendored_graph_is_compared_with_the_config_in_the_hubs_cache(hub):
     devmap(hub, "compile", "profile.yaml", "--vendor")
     assert devmap(hub, "check", "profile.yaml").stderr == ""
     cached = next(Path("home").glob(f"hub/models--people--llama/snapshots/{FIRST}/config.json"))
@@ -157,8 +157,8 @@ def test_a_graph_beside_the_profile_is_held_to_the_config_that_the_hubs_cache_ha
 
 
 @pytest.mark.parametrize("is_sharded", [False, True])
-def test_a_dtype_that_the_config_leaves_out_is_read_from_the_header_and_nothing_beyond(hub, is_sharded):
-    """What goes out of a file of weights is its header, once, and kept for when there is no hub."""
+def test_a_dtype_missing_from_the_config_is_read_from_the_header_only(hub, is_sharded):
+    """The header of a weights file is sent once, and kept for use without the hub."""
     text = json.dumps({key: value for key, value in LLAMA.items() if key != "dtype"}).encode()
     names = list(shapes(6).items())
     shards = {
@@ -183,7 +183,7 @@ def test_a_dtype_that_the_config_leaves_out_is_read_from_the_header_and_nothing_
         assert devmap(hub, "check", "profile.yaml", XDG_CACHE_HOME=kept, HF_HUB_OFFLINE="1").returncode == 0
 
 
-def test_the_checkpoint_on_the_hub_is_held_to_the_model_by_its_headers(hub):
+def test_a_checkpoint_on_the_hub_is_checked_by_its_headers(hub):
     hub.files[FIRST]["model.safetensors"] = safetensors("BF16", shapes(5))
     done = devmap(hub, "compile", "profile.yaml", XDG_CACHE_HOME=str(Path("cache").absolute()))
     assert (done.returncode, "9 of 57 tensors are missing" in " ".join(done.stderr.split())) == (1, True), done.stderr
@@ -195,8 +195,8 @@ def test_a_repository_of_pickles_is_refused(hub):
     assert (done.returncode, "error[no-safetensors]" in done.stderr) == (1, True), done.stderr
 
 
-def test_a_server_without_ranges_is_not_read_at_all(hub):
-    """The dtype is then assumed, and said to be."""
+def test_a_server_without_ranges_is_not_read(hub):
+    """The dtype is then assumed, with a warning."""
     text = json.dumps({key: value for key, value in LLAMA.items() if key != "dtype"}).encode()
     hub.files["4" * 40] = {"config.json": text, "model.safetensors": safetensors("F16")}
     hub.branches["main"] = "4" * 40
@@ -205,14 +205,14 @@ def test_a_server_without_ranges_is_not_read_at_all(hub):
     assert (done.returncode, "warning[unknown-dtype]" in done.stderr) == (0, True)
 
 
-def test_a_server_that_sends_more_than_was_asked_for_is_not_read_on(hub):
+def test_more_bytes_than_requested_are_not_read(hub):
     hub.surplus_megabytes = 64
     done = devmap(hub, "compile", "profile.yaml", XDG_CACHE_HOME=str(Path("cache").absolute()))
     assert (done.returncode, lock()["inputs"]["checkpoint"]) == (0, None), done.stderr
     assert 0 < hub.flooded_megabytes < 32
 
 
-def test_a_header_on_the_hub_is_held_to_the_same_bounds_as_one_on_disk(hub):
+def test_a_header_on_the_hub_has_the_same_size_limit_as_on_disk(hub):
     hub.files[FIRST]["model.safetensors"] = len(NESTED).to_bytes(8, "little") + NESTED
     done = devmap(hub, "compile", "profile.yaml", XDG_CACHE_HOME=str(Path("cache").absolute()))
     assert (done.returncode, "its header is nested deeper than 32" in " ".join(done.stderr.split())) == (1, True)

@@ -1,4 +1,6 @@
-"""What the solver answers, beside every choice looked at and beside a mixed-integer program: neither knows its code."""
+"""The solver's answers agree with enumerating all choices and with a mixed-integer program, neither of which shares its
+code.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +47,7 @@ class Solution(NamedTuple):
 
 
 def solve(chain):
-    """The fastest choice with its time and the bound, or nothing where there is none."""
+    """Return the fastest choice with its time and the bound, or nothing if there is none."""
     outcome = solver.solve(chain)
     if outcome.fastest is None:
         return None
@@ -56,7 +58,7 @@ def solve(chain):
 
 
 def random_chain(seed, *, most_blocks=8, least_blocks=1, most_accelerators=3):
-    """A problem with everything that a chain can say; blocks of one class have equal options."""
+    """Return a problem with everything that a chain can express; blocks of one class have equal options."""
     rng = random.Random(seed)
     accelerators = [f"cuda:{index}" for index in range(rng.randint(1, most_accelerators))]
     stores = [store for store in ("cpu", "disk") if rng.random() < 0.6]
@@ -93,7 +95,7 @@ def random_chain(seed, *, most_blocks=8, least_blocks=1, most_accelerators=3):
 
 
 def random_options(rng, accelerators, stores, speeds, computes):
-    """The ways of placing one class of blocks, as the statement of a real problem makes them."""
+    """Return options of one class of blocks, as the statement of a real problem makes them."""
     size, cache, time = rng.randint(5, 60), rng.choice([0, rng.randint(0, 9)]), rng.randint(0, 30)
     peak = rng.choice([0, rng.randint(0, 15)])
     options = []
@@ -122,7 +124,7 @@ def random_options(rng, accelerators, stores, speeds, computes):
 
 
 def with_transfers(chain, seed):
-    """The same with a block or two that give something to many of the others, before and after."""
+    """Return the chain with a block or two that pass outputs to many others, before and after them."""
     rng = random.Random(seed)
     devices = list(chain.capacities)
     transfers = []
@@ -147,7 +149,7 @@ def option_of(home, nanoseconds, demands, peaks, pieces=None, mode=()):
 
 
 def small_chain(seed):
-    """A random problem of which every choice can be looked at."""
+    """Return a random problem that is small enough to enumerate."""
     for most_blocks in range(8, 0, -1):
         chain = random_chain(seed, most_blocks=most_blocks)
         if prod(len(block.options) for block in chain.blocks) <= MOST_CHOICES:
@@ -156,7 +158,7 @@ def small_chain(seed):
 
 
 def medium_chain(seed, *, blocks=(20, 40), equal_cards=0):
-    """A model's shape on a machine: 2 to 4 classes of layers and 2 to 4 devices, the CPU with them."""
+    """Return a model's shape on a machine: 2 to 4 classes of layers and 2 to 4 devices, including the CPU."""
     rng = random.Random(seed)
     accelerators = [f"cuda:{index}" for index in range(equal_cards or rng.randint(1, 3))]
     alike = rng.random() < 0.5 or bool(equal_cards)
@@ -221,7 +223,7 @@ def medium_chain(seed, *, blocks=(20, 40), equal_cards=0):
 
 
 def all_figures(chain, choices):
-    """For choices (a row each): what they take, and whether they are feasible."""
+    """Return the times of choices (a row each), and whether they are feasible."""
     blocks = list(chain.blocks)
     total = np.zeros(len(choices), dtype=np.int64)
     for position, block in enumerate(blocks):
@@ -261,7 +263,7 @@ def optimum_by_looking(chain):
 
 
 def check_answer(chain, solution, where):
-    """The choice is feasible and takes what is said, which is not below the bound."""
+    """Check that the choice is feasible and has the stated time, which is not below the bound."""
     [total], [feasible] = all_figures(chain, np.array([solution.choice]))
     assert feasible, where
     assert solution.nanoseconds == total, where
@@ -287,7 +289,7 @@ def test_small_problems_are_solved_to_the_optimum(shard):
 
 
 @pytest.mark.parametrize("shard", range(SHARDS))
-def test_the_bound_and_the_answer_enclose_the_optimum_of_small_problems(shard, monkeypatch):
+def test_the_optimum_of_small_problems_lies_between_bound_and_answer(shard, monkeypatch):
     monkeypatch.setattr(solver, "FEW_CHOICES", 0)
     infeasible = 0
     for seed in range(shard, SMALL_PROBLEMS, SHARDS):
@@ -344,7 +346,7 @@ def optimum_by_program(chain, *, nodes):
 
 
 def flows(program, chain, taken):
-    """The costs of hops, as terms."""
+    """Return the costs of hops, as terms of the program."""
     terms = []
     for transfer in chain.transfers:
         maker, reader, costs = transfer.source, transfer.target, transfer.nanoseconds
@@ -393,7 +395,7 @@ def test_the_optimum_of_medium_problems_lies_between_bound_and_answer(seed):
 
 @pytest.mark.zoo
 @pytest.mark.parametrize("seed", SLOW_SEEDS)
-def test_bound_and_answer_of_medium_problems_are_near_each_other_and_what_the_program_knows(seed):
+def test_bound_and_answer_of_medium_problems_are_near_the_programs(seed):
     chain = medium_chain(seed)
     proven, known = optimum_by_program(chain, nodes=SLOW_NODES)
     solution = solve(chain)
@@ -411,7 +413,7 @@ def test_bound_and_answer_of_medium_problems_are_near_each_other(seed):
 
 
 @pytest.mark.parametrize("seed", [12, 26, 38, 84, 85])
-def test_a_disk_beside_a_cpu_that_is_short_is_within_reach_of_the_program(seed):
+def test_the_answer_is_near_the_programs_with_a_disk_and_a_small_cpu(seed):
     chain = medium_chain(seed)
     _, known = optimum_by_program(chain, nodes=500)
     solution = solve(chain)
@@ -430,7 +432,7 @@ def test_the_program_finds_the_optimum_of_small_problems():
 
 
 def with_options_shuffled(chain, rng):
-    """The same problem with the options of each class in another order."""
+    """Return the problem with the options of each class in another order."""
     known = {}
     for block in chain.blocks:
         if block.options not in known:
@@ -439,7 +441,7 @@ def with_options_shuffled(chain, rng):
 
 
 def with_equal_devices_shuffled(chain, rng):
-    """The same problem with devices that are alike in another order, those in between where they were."""
+    """Return the problem with equal devices in another order, all others in their places."""
     kinds = {}
     for device in chain.capacities:
         kinds.setdefault(kind_of(chain, device), []).append(device)
@@ -449,7 +451,7 @@ def with_equal_devices_shuffled(chain, rng):
 
 
 def kind_of(chain, device):
-    """All that is said of a device but its name."""
+    """Return all properties of a device but its name."""
 
     def at(sizes):
         return dict(sizes).get(device, 0)
@@ -468,7 +470,7 @@ def kind_of(chain, device):
 
 
 @pytest.mark.parametrize("shuffled", [with_options_shuffled, with_equal_devices_shuffled])
-def test_the_order_of_options_and_equal_devices_does_not_change_what_is_searched_whole(shuffled):
+def test_the_order_of_options_and_equal_devices_does_not_change_exact_answers(shuffled):
     answers = []
     for seed in range(SMALL_PROBLEMS):
         chain = small_chain(seed)
@@ -523,8 +525,8 @@ def test_the_same_bytes_whatever_the_hash_seed():
     assert {answers(seed) for seed in ("1", "4711")} == {first}
 
 
-def test_next_to_no_room_is_an_answer_and_no_overflow():
-    """What room is worth has no bound where there is nearly none: a byte of it may be worth more than 64 bits hold."""
+def test_almost_no_room_gives_an_answer_without_overflow():
+    """The price of room is unbounded then: one byte can be worth more than 64 bits hold."""
     large, small = 10 * 2**30, 2
     accelerators = ("cuda:0", "cuda:1")
 

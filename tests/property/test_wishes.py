@@ -1,4 +1,4 @@
-"""What is wished for beside time, beside every choice looked at; and the plan that users would rather have."""
+"""Wishes decide among plans of nearly equal time as an enumeration of all choices does."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def options_of(chain, choice):
 
 
 def wishes_of(chain, choice):
-    """What there is to be little of, the first wish first."""
+    """Return the quantities to minimise, the first wish first."""
     options = options_of(chain, choice)
     used = sorted({chain.devices.index(option.home) for option in options})
     return (
@@ -38,7 +38,7 @@ def wishes_of(chain, choice):
 
 @pytest.mark.parametrize("shard", range(4))
 def test_wishes_are_granted_in_order_as_far_as_time_allows(shard):
-    """Without hops, which the program knows from below only, the answer is the best of all choices."""
+    """Without hops, for which the program has only a lower bound, the answer is the best of all choices."""
     granted = 0
     for seed in range(shard, 160, 4):
         chain = small_chain(seed)
@@ -59,7 +59,7 @@ def test_wishes_are_granted_in_order_as_far_as_time_allows(shard):
 
 
 @pytest.mark.parametrize("seed", range(30))
-def test_what_is_wished_for_takes_no_longer_than_it_may_and_fits(seed):
+def test_a_wished_choice_fits_and_stays_within_the_allowed_time(seed):
     chain = medium_chain(seed)
     fastest = solve(chain)
     if fastest is None:
@@ -72,7 +72,7 @@ def test_what_is_wished_for_takes_no_longer_than_it_may_and_fits(seed):
 
 
 def longer_chains(chain):
-    """The chain whose blocks hold a byte more on each device for every token beyond 100."""
+    """Return the chain whose blocks hold a byte more on each device for every token beyond 100."""
 
     def chain_at(length):
         def held(option):
@@ -87,7 +87,7 @@ def longer_chains(chain):
 
 @pytest.mark.parametrize("least", [100, 120])
 def test_a_longer_context_is_wished_for_within_the_same_devices(least):
-    """Blocks that are spread evenly leave every device the same room for a context."""
+    """Blocks spread evenly leave every device the same room for a context."""
     chain = medium_chain(3, equal_cards=2)
     roomy = replace(chain, capacities={device: size * 2 for device, size in chain.capacities.items()})
     fastest = solve(roomy)
@@ -104,7 +104,7 @@ def test_a_longer_context_is_wished_for_within_the_same_devices(least):
 
 
 @pytest.mark.parametrize(("longest", "on_first"), [(10_000, 3), (115, 4), (100, 5)])
-def test_blocks_are_spread_for_a_long_context_as_far_as_one_is_looked_for(longest, on_first):
+def test_blocks_are_spread_for_the_context_that_is_searched(longest, on_first):
     """Five of six blocks would be fastest on the first card; three on each leave room for the longest context."""
 
     def chain_at(length):
@@ -124,7 +124,7 @@ LENGTHS = range(100, 160)
 
 
 def growing(chain, seed):
-    """The contexts of a chain whose blocks hold more with every token, each kind so much more."""
+    """Return the contexts of a chain whose blocks hold more with every token, each kind by its own amount."""
     rng, known = random.Random(seed), {}
 
     def at(length):
@@ -142,7 +142,7 @@ def growing(chain, seed):
 
 
 def goes_on(chain, choice):
-    """Whether blocks that have a choice by themselves run on devices as these are listed, without going back."""
+    """Tell whether blocks with a choice of their own run on devices in the listed order, without going back."""
     groups = [block.group for block in chain.blocks]
     homes = [
         chain.devices.index(block.options[index].home)
@@ -154,7 +154,7 @@ def goes_on(chain, choice):
 
 @pytest.mark.parametrize("seed", [*range(15), *(pytest.param(seed, marks=pytest.mark.zoo) for seed in range(15, 40))])
 @pytest.mark.parametrize("least", [LENGTHS[0], 110, 10_000])
-def test_a_context_is_as_long_as_it_can_be_where_that_takes_no_more_devices(seed, least):
+def test_the_context_is_maximised_without_more_devices(seed, least):
     """A least context comes before few devices, and the longest after: the answer is the best of all choices."""
     chain = replace(small_chain(seed), transfers=())
     fastest = solve(chain)
@@ -200,8 +200,8 @@ def compiled(config, strategy):
     return compilation.plan
 
 
-def test_what_fits_on_cards_is_a_plain_map_with_a_long_context(tmp_path, monkeypatch):
-    """An embedding on the CPU would be half a hundredth faster."""
+def test_a_model_that_fits_on_cards_gets_a_plain_map_with_a_long_context(tmp_path, monkeypatch):
+    """An embedding on the CPU would be half a percent faster."""
     config = Path(__file__).parents[2] / "profiles" / "models" / "llama-3.1-8b" / "config.json"
     assert config.exists()
     monkeypatch.chdir(tmp_path)
