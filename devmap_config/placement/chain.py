@@ -18,13 +18,13 @@ Mode = (
     tuple[Literal["resident"]]
     | tuple[Literal["computed"]]
     | tuple[Literal["streamed", "streamed elsewhere"], "Device"]
-    | tuple[Literal["part"], str]
+    | tuple[Literal["part", "streamed around"], str]
 )
 """How a block is stored: resident on its device, computed on the CPU, streamed from a device to the main device or
-another one, or resident except for a part that the CPU computes.
+another one, or except for a part that the CPU computes: resident, or streamed from the CPU to the main device.
 """
 
-STREAMED = ("streamed", "streamed elsewhere")
+STREAMED = ("streamed", "streamed elsewhere", "streamed around")
 """The modes of blocks that are copied in at every forward."""
 
 Place = tuple["Device", Mode]

@@ -35,6 +35,9 @@ PARTS_CONSIDERED = 4
 SMALLEST_PART = 8
 """A module is taken out only if it holds at least an eighth of its block's weights."""
 
+PARTED = ("part", "streamed around")
+"""The modes of blocks of which the CPU computes a part."""
+
 NEARLY_ALL = (19, 20)
 """A module that holds at least this share of the weights of the one around it replaces that one."""
 
@@ -115,7 +118,7 @@ class OptionBuilder:
     def locations(self, module: Module, place: Place) -> dict[TensorName, Location]:
         """Return the location of each tensor of a block with this place; pins take precedence."""
         around, mode = self._around(place), place[1]
-        part = f"{module.path}.{mode[1]}." if mode[0] == "part" else None
+        part = f"{module.path}.{mode[1]}." if mode[0] in PARTED else None
         return {
             tensor.name: self._pinned(tensor.name)
             or (ON_CPU if part is not None and tensor.name.startswith(part) else around)
@@ -127,6 +130,8 @@ class OptionBuilder:
         home, mode = place
         if mode[0] == "streamed" or mode[0] == "streamed elsewhere":
             return Location(mode[1], home)
+        if mode[0] == "streamed around":
+            return Location(CPU, home)
         return Location(home, home)
 
     def _shared_elsewhere(self, module: Module, place: Place) -> dict[TensorName, Location]:
@@ -197,13 +202,18 @@ class OptionBuilder:
             yield CPU, ("computed",)
 
     def _part(self, module: Module) -> Iterator[Place]:
-        """Yield each accelerator with each heavy module of the block, which the CPU then computes."""
+        """Yield each accelerator with each heavy module of the block, which the CPU then computes; and the main device,
+        to which the rest of the block is then copied.
+        """
         forbidden = self._forbidden(module)
         if self._computes_on_cpu and CPU not in forbidden and module.path not in self.grouped:
+            is_streamed = self.problem.executor.streams(Location(CPU, self.main_device))
             for part in self._heavy_parts(module):
                 for device in self.accelerators:
                     if device not in forbidden:
                         yield device, ("part", part)
+                if is_streamed:
+                    yield self.main_device, ("streamed around", part)
 
     @cached_property
     def _computes_on_cpu(self) -> bool:
@@ -247,7 +257,7 @@ class OptionBuilder:
                 try:
                     yield from self._with_cache(module, home, mode)
                 except MissingFigureError:
-                    if home != CPU and mode[0] != "part":  # a CPU of unknown speed does not compute
+                    if home != CPU and mode[0] not in PARTED:  # a CPU of unknown speed does not compute
                         raise
 
     def _with_cache(self, module: Module, around: Device, mode: Mode) -> Iterator[Option]:

@@ -126,7 +126,7 @@ def _apart_from_a_map(program: Program, _: Milp) -> Terms:
     """Count the blocks that no `device_map` can express: computed on the CPU beside accelerators, or copied to other
     cards.
     """
-    apart = ("part", "computed", "streamed elsewhere")
+    apart = ("part", "computed", "streamed elsewhere", "streamed around")
     return {variable: 1 for variable, _, option in program.variables if option.mode[0] in apart}
 
 

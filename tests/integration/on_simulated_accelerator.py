@@ -114,6 +114,13 @@ def computed(match):
         pytest.param([computed("{model.embed_tokens,lm_head}")], id="embedding and head"),
         pytest.param([computed("model.rotary_emb")], id="buffers only"),
         pytest.param(
+            [
+                computed("model.layers.[2-3].mlp"),
+                'match: "model.layers.[2-3].{self_attn,input_layernorm,post_attention_layernorm}", device: cpu',
+            ],
+            id="a part of blocks that are streamed",
+        ),
+        pytest.param(
             [computed("model.layers.1"), 'match: "model.layers.2", device: cpu', 'match: "model.layers.3", device: 1'],
             id="beside a streamed block and one on another card",
         ),

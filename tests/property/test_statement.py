@@ -208,16 +208,18 @@ def test_blocks_have_every_option_that_the_rules_allow(workspace, monkeypatch, r
             whole |= {(main_device, ("streamed", store)) for store in (cpu, disk)}
             stores = {place: place[1][1] if place[1][0] == "streamed" else place[0] for place in whole}
             parts = {place for place in places if place[1][0] == "part"}
-            assert places - parts == {place for place in whole if stores[place] not in forbidden}, block.name
+            around_parts = {place for place in places if place[1][0] == "streamed around"}
+            assert places - parts - around_parts == {place for place in whole if stores[place] not in forbidden}, block.name
             is_cut = module.children and block.group is None and cpu not in forbidden
             allowed = {card for card in cards if card not in forbidden}
             assert {card for card, _ in parts} == (allowed if is_cut else set()), block.name
+            assert {card for card, _ in around_parts} == ({main_device} if is_cut else set()), block.name
             for place in places:
                 for name, location in stated._builder.locations(module, place).items():
-                    around = (stores.get(place, place[0]), place[0])
+                    around = (stores.get(place, cpu if place in around_parts else place[0]), place[0])
                     if name in problem.pinned:
                         around = (problem.pinned[name],) * 2
-                    elif place[1][0] == "part" and name.startswith(f"{block.name}.{place[1][1]}."):
+                    elif place in parts | around_parts and name.startswith(f"{block.name}.{place[1][1]}."):
                         around = (cpu, cpu)
                     assert (location.stored_on, location.runs_on) == around
 
@@ -260,7 +262,8 @@ def test_the_cpu_is_an_option_only_if_listed_and_the_model_is_measured(workspace
     def on(*devices, **more):
         return replace(problem, capacities={device: problem.capacities[device] for device in devices}, **more)
 
-    assert {mode[0] for _, mode in places_of(problem, aim, cuda)} == {"resident", "streamed", "computed", "part"}
+    modes = {"resident", "streamed", "computed", "part", "streamed around"}
+    assert {mode[0] for _, mode in places_of(problem, aim, cuda)} == modes
     assert places_of(on(cpu, disk), aim, cpu) == [(cpu, ("resident",)), (cpu, ("streamed", disk))]
     assert places_of(on(cuda, other), aim, cuda) == [(cuda, ("resident",)), (other, ("resident",))]
     unmeasured = on(cuda, cpu, graph=replace(problem.graph, measurement=None))
