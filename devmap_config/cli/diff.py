@@ -168,7 +168,7 @@ def _figure_rows(difference: Difference) -> list[tuple[str, ...]]:
     """Return a row for each figure that is known for one of the plans, with its change."""
     shown: dict[str, tuple[str, Callable[[int], str]]] = {
         "decode_nanoseconds_per_token": ("a token", format_duration),
-        "bound_decode_nanoseconds_per_token": ("no plan is below", format_duration),
+        "bound_decode_nanoseconds_per_token": ("lower bound of a token", format_duration),
         "prefill_nanoseconds": ("a prefill", format_duration),
         "streamed_bytes_per_token": ("copied at every forward", format_bytes),
         "hops": ("hops between devices", lambda count: f"{count:,}"),

@@ -21,13 +21,16 @@ if TYPE_CHECKING:
     from devmap_config.profile.schema import Hardware
 
 
+NO_PLAN = "no plan in the search space"
+
+
 def no_plan(compiled: Compiled) -> str:
     """Return the subject of a sentence about the lower bound, which holds for the plans that were considered."""
     passes_over_cpu = any(each.code == "cpu-passed-over" for each in compiled.diagnostics)
-    return "no plan in which the CPU only stores weights" if passes_over_cpu else "no plan"
+    return f"{NO_PLAN}, without the CPU computing," if passes_over_cpu else NO_PLAN
 
 
-def predicted(plan: Plan, no_plan: str = "no plan") -> str:
+def predicted(plan: Plan, no_plan: str = NO_PLAN) -> str:
     """Return the known predicted figures of a plan in words.
 
     Args:

@@ -270,7 +270,7 @@ def _bad_fastest(lock: Lock, prepared: Prepared) -> Iterator[str]:
         if prepared.strategy != "fastest":
             yield f"{place}, and `{prepared.strategy}` looks for none"
         elif nanoseconds < least[phase]:
-            yield f"{place}, and no plan is below {_written(least[phase])}"
+            yield f"{place}, and the bound is {_written(least[phase])}"
         elif not is_shorter:
             yield f"{place}, and the plan takes {_written(prediction[OWN[phase]])}"
 

@@ -295,7 +295,7 @@ def _figures(plan: Mapping[str, Any]) -> Iterator[PlanFigure]:
             notes.insert(0, f"measured runs took {ratios} that")
         bound = prediction["bound_decode_nanoseconds_per_token"] if phase == "decode" else None
         if bound is not None:
-            notes.append(f"no plan is below {format_duration(bound)}")
+            notes.append(f"no plan in the search space is below {format_duration(bound)}")
         yield PlanFigure(name=PHASES[phase], value=format_duration(nanoseconds), note="; ".join(notes))
     if (longest := prediction["longest_context"]) is not None:
         yield PlanFigure(name="longest context", value=f"{longest:,}", note="tokens")
@@ -403,7 +403,7 @@ def _home(home: Mapping[str, Any] | None) -> str:
 
 FIGURES = {
     "decode_nanoseconds_per_token": ("a token", format_duration),
-    "bound_decode_nanoseconds_per_token": ("no plan is below", format_duration),
+    "bound_decode_nanoseconds_per_token": ("lower bound of a token", format_duration),
     "prefill_nanoseconds": ("a prefill", format_duration),
     "streamed_bytes_per_token": ("copied at every forward", format_bytes),
     "hops": ("hops between devices", "{:,}".format),
