@@ -13,6 +13,8 @@ from pathlib import Path
 
 import huggingface_hub.constants
 
+from devmap_config.cli import progress
+
 CONTEXT = multiprocessing.get_context("forkserver")
 MODELS = ("transformers.models.llama.modeling_llama", "transformers.models.bert.modeling_bert")
 CONTEXT.set_forkserver_preload(["devmap_config.cli", "devmap_config.compiler", "torch", "accelerate", *MODELS])
@@ -41,6 +43,7 @@ def _run(program, arguments, folder, environment, *streams) -> None:
     importlib.reload(huggingface_hub.constants)  # which are read from the environment once
     for descriptor, stream in zip((1, 2), streams, strict=True):
         os.dup2(os.open(stream, os.O_WRONLY | os.O_CREAT), descriptor)
+    progress.SECONDS_WITHOUT_A_WORD = 600  # as in conftest.py, of which this process has not heard
     sys.argv = [program, *arguments]
     (command,) = entry_points(group="console_scripts", name=program)
     sys.exit(command.load()())  # as the script that an installer writes for it does

@@ -118,7 +118,7 @@ class OptionBuilder:
     def locations(self, module: Module, place: Place) -> dict[TensorName, Location]:
         """Return the location of each tensor of a block with this place; pins take precedence."""
         around, mode = self._around(place), place[1]
-        part = f"{module.path}.{mode[1]}." if mode[0] in PARTED else None
+        part = f"{module.path}.{mode[1]}." if mode[0] == "part" or mode[0] == "streamed around" else None
         return {
             tensor.name: self._pinned(tensor.name)
             or (ON_CPU if part is not None and tensor.name.startswith(part) else around)

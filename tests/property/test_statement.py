@@ -209,7 +209,9 @@ def test_blocks_have_every_option_that_the_rules_allow(workspace, monkeypatch, r
             stores = {place: place[1][1] if place[1][0] == "streamed" else place[0] for place in whole}
             parts = {place for place in places if place[1][0] == "part"}
             around_parts = {place for place in places if place[1][0] == "streamed around"}
-            assert places - parts - around_parts == {place for place in whole if stores[place] not in forbidden}, block.name
+            assert places - parts - around_parts == {place for place in whole if stores[place] not in forbidden}, (
+                block.name
+            )
             is_cut = module.children and block.group is None and cpu not in forbidden
             allowed = {card for card in cards if card not in forbidden}
             assert {card for card, _ in parts} == (allowed if is_cut else set()), block.name
