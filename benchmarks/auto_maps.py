@@ -1,10 +1,5 @@
-"""Which of transformers' own `auto` maps do not run: every causal language model, dry-run on simulated accelerators.
-
-Each type is built from its default config with few layers, planned by transformers' `device_map="auto"` for two cards,
-of which neither holds it all, and run by that map, through accelerate's hooks. What does not run is told apart from
-what cannot be told: code that looks at data.
-
-    python benchmarks/auto_maps.py > benchmarks/auto_maps.md
+"""Dry-runs transformers' `auto` map of every causal language model on simulated accelerators, to find maps that do not
+run.
 """
 
 from __future__ import annotations
@@ -46,7 +41,7 @@ FLOAT32_ONLY = ("xlnet",)
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """A type's map, tried: what came of it, or why there was no map."""
+    """The dry run of a type's map, or the reason why there was no map."""
 
     model_type: str
     class_name: str
@@ -75,7 +70,10 @@ def trial_of(model_type: str) -> Trial | None:
 
 
 def plan_by(device_map: Mapping[str, int | str], graph: ModelGraph, capacities: Mapping[Device, int]) -> Plan:
-    """A map as a plan, each key a unit: that is what hooks are attached by. What no key covers is on the CPU."""
+    """Return a map as a plan, each key a unit, as accelerate attaches hooks.
+
+    Tensors that no key covers are on the CPU.
+    """
     homes = expand_device_map(dict(device_map), list(graph.tensors))
     held: dict[str, list[TensorName]] = {key: [] for key in device_map}
     bare: list[TensorName] = []
@@ -107,7 +105,7 @@ def _device(key: int | str) -> Device:
 
 
 def lines(trials: list[Trial], crashed: Mapping[str, str], unbuilt: int) -> Iterator[str]:
-    """The findings as Markdown."""
+    """Return the findings as Markdown."""
     by_outcome = {
         outcome: [trial for trial in trials if trial.simulation.outcome == outcome]
         for outcome in ("runs", "mismatch", "unsimulated")
@@ -146,7 +144,7 @@ def _parties(mismatch: DeviceMismatch) -> str:
 
 
 def main() -> int:
-    """The command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description="Dry-run transformers' own `auto` maps.")
     parser.add_argument("types", nargs="*", help="model types; every causal language model by default")
     arguments = parser.parse_args()

@@ -1,23 +1,4 @@
-"""Decodes as it is and by compiled code, on this machine's CUDA card or its CPU, and holds the two to each other.
-
-A model of random weights is compiled into a plan with a static cache, loaded by its lock with and without
-`compile=True`, and goes on from the same prompt. Random weights make logits that are nearly alike, so tokens part
-sooner than those of a model that was trained.
-
-On a card it has a published shape, fewer of its layers if wanted:
-
-    python -m benchmarks.compiled_decoding profiles/models/llama-3.1-8b --layers 16 --folder /dev/shm/compiled
-
-On the CPU it is one of `benchmarks/receipts.py`, or each of them by which `compiled_decoding.md` was made. The two take
-turns in one process and one thread, and time is the processor's, which other processes take little of. What is refused,
-such as bfloat16, is compiled all the same, to see why:
-
-    OMP_NUM_THREADS=1 python -m benchmarks.compiled_decoding --on-cpu --folder /tmp/compiled
-
-With `--half-on-disk` the first half of the layers is on disk, and of the others each is compiled by itself:
-
-    OMP_NUM_THREADS=1 python -m benchmarks.compiled_decoding dense-0.4b --on-cpu --half-on-disk --folder /tmp/compiled
-"""
+"""Compares compiled and plain decoding on this machine's CUDA card or its CPU: times, tokens and logits."""
 
 from __future__ import annotations
 
@@ -49,13 +30,13 @@ MOST_NOISE = 1.1
 
 
 class Clock:
-    """Times the tokens that `generate` hands on, by the processor's time of this process."""
+    """A clock of the tokens that `generate` emits, by the processor time of this process."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
 
     def put(self, _: torch.Tensor) -> None:
-        """Note that the prompt, or a token, is there."""
+        """Record that the prompt, or a token, has arrived."""
         self.seconds.append(time.process_time())
 
     def end(self) -> None:
@@ -151,7 +132,7 @@ def compare_on_card(published: Path, layers: int | None, folder: Path) -> None:
 
 
 def compile_layers(layers: Sequence[torch.nn.Module]) -> None:
-    """Have layers decode by code that is compiled of each by itself, as many as there are."""
+    """Compile each layer by itself for decoding, as many layers as there are."""
     torch.compiler.config.recompile_limit = len(layers)  # eight, else: each has its place in the cache in its code
     for layer in layers:
         layer.forward = _decoding(layer.forward, torch.compile(layer.forward))

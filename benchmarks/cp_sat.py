@@ -1,4 +1,4 @@
-"""The same programs solved by OR-Tools' CP-SAT: the alternative that `docs/placement.md` holds beside HiGHS."""
+"""Solves the placement programs with OR-Tools' CP-SAT, the alternative that `docs/placement.md` compares with HiGHS."""
 
 from __future__ import annotations
 

@@ -1,17 +1,4 @@
-"""Compares what runs a model that is larger than the memory: `devmap run`, accelerate's hooks, and the system alone.
-
-A Llama with random weights, at least twice as large as the memory, is loaded and generates, in a process of its own
-each time, in a memory cgroup of the memory that the profile states and a tenth. The files are in no cache before. They
-take turns, and then again:
-
-- `devmap`: the plan of the profile, by its lock;
-- `accelerate`: the same map by plain `from_pretrained`;
-- `mapped`: plain `device_map="cpu"`, by which parameters are the file's pages, and the system decides which stay;
-- `resident`: the same with as much memory as there is, which is the time of computing.
-
-Beside the times stands the longer of two that bound them: of reading what is on disk by mapping, at the rate of the
-same round, and of computing. Needs root, for the cgroup and to empty the cache.
-"""
+"""Compares ways to run a model larger than memory: `devmap run`, accelerate's hooks, and the system's paging alone."""
 
 from __future__ import annotations
 
@@ -72,11 +59,11 @@ class Cgroup:
         (self.folder / ("memory.limit_in_bytes" if self.is_v1 else "memory.max")).write_text(str(limit_bytes))
 
     def enter(self) -> None:
-        """Put this process into it; called between fork and exec."""
+        """Move this process into it; called between fork and exec."""
         (self.folder / "cgroup.procs").write_text(str(os.getpid()))
 
     def anonymous_bytes(self) -> int:
-        """Return what is in it and in no file."""
+        """Return its bytes that are not pages of files."""
         lines = dict(line.split() for line in (self.folder / "memory.stat").read_text().splitlines())
         return int(lines["total_rss" if self.is_v1 else "anon"])
 
@@ -86,7 +73,7 @@ class Cgroup:
 
 
 def run_one(mode: str) -> None:
-    """Load and generate in this process; prints what it took."""
+    """Load and generate in this process, and print the times."""
     begun = time.monotonic()
     if mode == "devmap":
         model = load_model("profile.yaml", probe=False)
@@ -108,7 +95,7 @@ def run_one(mode: str) -> None:
 
 
 def probed_bytes_per_second(folder: Path) -> float:
-    """Return at what rate the checkpoint is read by mapping it, with nothing of it in memory before."""
+    """Return the rate at which the checkpoint is read through a mapping, with none of it in memory before."""
     read_bytes, begun = 0, time.monotonic()
     for path in sorted(folder.glob("*.safetensors"))[:3]:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as memory:
@@ -120,7 +107,7 @@ def probed_bytes_per_second(folder: Path) -> float:
 
 
 def empty_cache() -> None:
-    """Have the system forget all that it can read again."""
+    """Make the system drop all cached files."""
     os.sync()
     Path("/proc/sys/vm/drop_caches").write_text("3")
 

@@ -1,12 +1,4 @@
-"""Times the products with experts that transformers has, on the CPU, at as many tokens as decoding and prefills have.
-
-The experts of one layer of a published shape, with random weights in bfloat16 and another choice of experts each
-round, in which every implementation takes a turn. Times are those of the processor, of all threads, which other
-processes on the machine lengthen less than the clock's. `batched_mm` copies the weights of each chosen expert for each
-token first: it is left out where that is more than 4 GiB.
-
-    OMP_NUM_THREADS=1 python benchmarks/experts.py > table.md
-"""
+"""Times transformers' products with experts on the CPU, for the numbers of tokens of decoding and prefills."""
 
 from __future__ import annotations
 
@@ -57,7 +49,7 @@ def experts_of(model_type: str, shape: dict[str, int]) -> torch.nn.Module:
 
 
 def seconds(experts: torch.nn.Module, implementation: str, given: tuple[torch.Tensor, ...]) -> float:
-    """Return the seconds of the processor that one product takes."""
+    """Return the processor seconds of one product."""
     set_experts_implementation(experts.config, implementation)
     start = time.process_time()
     experts(*given)

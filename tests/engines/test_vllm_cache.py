@@ -1,4 +1,4 @@
-"""The cache of a plan for vLLM is counted as vLLM's own functions count it; its models are those of the registry."""
+"""The cache of a plan for vLLM is counted as by vLLM's own functions, and its models are those of vLLM's registry."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PROGRAM = Path(__file__).with_name("on_vllm_cache.py")
 
 
 def cases():
-    """Models of full and windowed layers in all proportions, on which a stage is cut out."""
+    """Yield models of full and windowed layers in all proportions, with a stage cut from each."""
     chance = random.Random(1)
     for _ in range(300):
         count, share, window = (
@@ -47,7 +47,7 @@ def counted(case):
     }
 
 
-def test_the_cache_is_counted_as_vllm_counts_it(request):
+def test_cache_sizes_are_those_of_vllms_own_functions(request):
     python, asked = Path(request.config.getoption("--engines")).absolute(), list(cases())
     done = subprocess.run([python, PROGRAM], input=json.dumps(asked), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -1,1 +1,4 @@
-"""Throws made-up inputs at every way in: `make fuzz`. What ever failed is kept in `tests/corpus`, and tested."""
+"""Fuzzing of every way in with generated inputs: `make fuzz`.
+
+Inputs that once failed are kept in `tests/corpus` and tested.
+"""

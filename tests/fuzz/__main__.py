@@ -1,9 +1,4 @@
-"""Makes inputs for every way in, tries them, and tells what failed: `make fuzz SECONDS=3600 SEED=7`.
-
-An input is made from the seed, the name of its surface and its number, and of nothing else: the same seed makes the
-same inputs. What fails is written to a folder, of each kind the first few, and its kind is printed once with all that
-is known of it. Put it into `tests/corpus` under a name that says what it is; from then on `make test` tries it.
-"""
+"""Generates inputs for every way in, tries them, and reports failures: `make fuzz SECONDS=3600 SEED=7`."""
 
 from __future__ import annotations
 
@@ -44,7 +39,7 @@ HELD_TO_SHARE = {"profiles": ("yaml", "values", "templates"), "locks": ("locks",
 
 @dataclass
 class Tally:
-    """What became of the inputs of one surface."""
+    """Counts of the outcomes of one surface's inputs."""
 
     outcomes: list[Outcome] = field(default_factory=list)
 
@@ -64,7 +59,7 @@ class Tally:
 
 
 def share(tallies: dict[str, Tally], names: Sequence[str]) -> float:
-    """Return how many of the inputs of some surfaces got as far as placement; 1 where there are none."""
+    """Return the share of inputs of some surfaces that reached placement, or 1 if there are none."""
     outcomes = [outcome for name in names if name in tallies for outcome in tallies[name].outcomes]
     return sum(outcome.reached for outcome in outcomes) / len(outcomes) if outcomes else 1
 
@@ -73,14 +68,14 @@ HEADING = "surface      inputs exit 0 placed  mean ms   most s peak MiB  failed"
 
 
 def made_inputs(seed: str, sources: Sources, surfaces: list[str]) -> Iterator[tuple[str, int, bytes]]:
-    """Yield inputs without end, the surfaces in turn: the surface, the number there, the input."""
+    """Yield inputs without end, the surfaces in turn: the surface, the input's number there, the input."""
     for number in itertools.count():
         for surface in surfaces:
             yield surface, number, SURFACES[surface].make(Random(f"{seed}/{surface}/{number}"), sources)
 
 
 def main() -> int:
-    """Try inputs for a time, and return 1 where one failed."""
+    """Try inputs for a time, and return 1 if one failed."""
     parser = argparse.ArgumentParser(prog="make fuzz", description=__doc__)
     parser.add_argument("--seconds", type=int, default=600)
     parser.add_argument("--seed", default=None, help="one that was printed before; a new one else")
@@ -115,7 +110,7 @@ def main() -> int:
 
 
 class Failures:
-    """What failed, by its kind; the first of each kind are kept in a folder."""
+    """Failures by kind; the first of each kind are kept in a folder."""
 
     def __init__(self, folder: Path, seed: str) -> None:
         self._folder, self._seed = folder, seed
@@ -138,7 +133,7 @@ class Failures:
 def fuzz(
     workers: list[Worker], inputs: Iterator[tuple[str, int, bytes]], failures: Failures, seconds: float
 ) -> dict[str, Tally]:
-    """Have inputs tried until the time is over."""
+    """Try inputs until the time is over."""
     tallies: dict[str, Tally] = defaultdict(Tally)
     ends = time.monotonic() + seconds
     tried: dict[Worker, tuple[str, int, bytes]] = {}

@@ -1,4 +1,4 @@
-"""Tries one input in this process, and says what is wrong with how it was answered."""
+"""Tries one input in this process, and states what is wrong with the answer."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ MOST_REMEMBERED = 2_000
 
 
 def remember_solutions() -> None:
-    """Have programs solved once: most inputs pose one that others posed, and HiGHS always answers the same."""
+    """Solve each program once: most inputs repeat one, and HiGHS always gives the same answer."""
     minimize, solutions = Milp.minimize, {}
 
     def remembered(milp: Milp, objective: Terms, **options: Any) -> Solution:
@@ -155,7 +155,7 @@ PEAK = re.compile(r"VmHWM:\s+(\d+) kB")
 
 
 def _forget_peak() -> None:
-    """Have the kernel count from now on."""
+    """Make the kernel count the peak from now on."""
     Path("/proc/self/clear_refs").write_text("5")
 
 

@@ -1,4 +1,4 @@
-"""Makes texts from grammars: templates, patterns, machines, command lines."""
+"""Generates texts from grammars: templates, patterns, machines, command lines."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ TESTS = [
 
 
 def expression(random: Random, depth: int = 4) -> str:
-    """Return an expression of jinja2, as a rule one that can be parsed."""
+    """Return an expression of jinja2, usually one that can be parsed."""
     if depth == 0 or random.random() < 0.25:
         return random.choice(ATOMS)
     inner, other = expression(random, depth - 1), expression(random, depth - 1)
@@ -99,7 +99,7 @@ def expression(random: Random, depth: int = 4) -> str:
 
 
 def template(random: Random) -> str:
-    """Return a template for a scalar, half of the time one that comes to a small number."""
+    """Return a template for a scalar; half of them give a small number."""
     if random.random() < 0.5:
         return f"{{{{ {random.choice(MILD)} }}}}"
     value = f"{{{{ {expression(random)} }}}}"
@@ -130,7 +130,7 @@ SEGMENTS = [
 
 
 def pattern(random: Random) -> str:
-    """Return a pattern of modules, or what looks like one."""
+    """Return a pattern of modules, or something that looks like one."""
     if random.random() < 0.1:
         return random.choice((*PATTERNS, *TEXTS))
     text = ".".join(random.choice(SEGMENTS) for _ in range(random.choice((1, 2, 3, 3, 4, 8))))
@@ -153,7 +153,7 @@ ODD_COUNTS = ["99x", "0x", "1000x", "-1x", "2X"]
 
 
 def machine(random: Random) -> str:
-    """Return what may name a machine, or several."""
+    """Return a name of one or several machines, valid or not."""
     parts = []
     for _ in range(random.choice((1, 1, 2, 3, 6))):
         device = random.choice(DEVICES if random.random() < 0.8 else PARTS)
@@ -177,7 +177,7 @@ LEFT_OUT = {"measure", "host"}
 
 
 def arguments(random: Random) -> list[str]:
-    """Return a command line: a command with some of its arguments and options, or what is none."""
+    """Return a command line: a command with some of its arguments and options, or an invalid one."""
     name, command = random.choice(sorted(devmap.commands.items()))
     words = [name]
     for parameter in command.params:

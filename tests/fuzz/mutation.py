@@ -1,4 +1,4 @@
-"""Changes good inputs: bytes without knowing what they are, and plain data (of YAML or JSON) value by value."""
+"""Mutates valid inputs: as bytes of unknown meaning, and as plain data (of YAML or JSON) value by value."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ TOKENS = [
 
 
 def mutated_bytes(random: Random, data: bytes, others: Sequence[bytes]) -> bytes:
-    """Return bytes with some spans taken out, put in, moved or repeated."""
+    """Return bytes with some spans removed, inserted, moved or repeated."""
     for _ in range(random.choice((1, 1, 1, 1, 2, 4))):
         data = random.choice(BYTE_CHANGES)(random, data, others)[:LARGEST_BYTES]
     return data
@@ -114,7 +114,7 @@ def _splice(random: Random, data: bytes, others: Sequence[bytes]) -> bytes:
 
 
 def _replace_word(random: Random, data: bytes, others: Sequence[bytes]) -> bytes:
-    """Put a word in the place of another, as a rule one that stands somewhere in good inputs."""
+    """Replace a word by another, usually one that occurs in valid inputs."""
     words = list(WORD.finditer(data))
     if not words:
         return data
@@ -127,7 +127,7 @@ WORD = re.compile(rb"[^\s{}\[\],:]+")
 
 
 def _change_lines(random: Random, data: bytes, others: Sequence[bytes]) -> bytes:
-    """Delete, repeat, move or indent a line, or take one from elsewhere."""
+    """Delete, repeat, move or indent a line, or insert one from another input."""
     lines = data.split(b"\n")
     place, target = random.randrange(len(lines)), random.randrange(len(lines) + 1)
     what = random.randrange(5)
@@ -200,12 +200,12 @@ def _replace_value(random: Random, holder: Any, key: Any, pool: Pool) -> None:
 
 
 def _replace_fitting(random: Random, holder: Any, key: Any, pool: Pool) -> None:
-    """Put in what stands under the same key elsewhere."""
+    """Replace a value by one that has the same key in another place."""
     holder[key] = copy.deepcopy(random.choice(pool.by_key.get(key) or [holder[key]]))
 
 
 def _replace_alike(random: Random, holder: Any, key: Any, pool: Pool) -> None:
-    """Put in something of the same type, which goes further."""
+    """Replace a value by one of the same type, which is more likely to be accepted."""
     alike = [part for part in random.choices(pool.parts, k=20) if type(part) is type(holder[key])]
     holder[key] = copy.deepcopy(random.choice(alike or [holder[key]]))
 

@@ -1,4 +1,4 @@
-"""A process that tries inputs one after another, and is ended where one takes too long or too much memory."""
+"""A process that tries inputs one after another, and is ended if one takes too much time or memory."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class Worker:
         self.connection.recv()
 
     def send(self, surface: str, data: bytes) -> None:
-        """Have an input tried."""
+        """Send an input to be tried."""
         if self._tried >= INPUTS_PER_WORKER:
             self.close()
             self._start()
@@ -69,7 +69,7 @@ class Worker:
         self.connection.send((surface, data))
 
     def outcome(self) -> Outcome | None:
-        """Return how the input was answered; `None` where it is not yet."""
+        """Return how the input was answered, or `None` while it is not."""
         try:
             if self.connection.poll(0):
                 return self.connection.recv()
@@ -101,7 +101,7 @@ class Worker:
         return Outcome(kind)
 
     def _queued_seconds(self) -> float:
-        """Return how long its first thread was ready to go on, and had no processor; Linux alone tells."""
+        """Return how long the first thread was ready but had no processor; only Linux reports it."""
         try:
             return int(Path(f"/proc/{self._process.pid}/schedstat").read_text(encoding="ascii").split()[1]) / 1e9
         except (OSError, IndexError):
@@ -116,7 +116,7 @@ class Worker:
 
 
 def make_root(root: Path) -> None:
-    """Fill a folder with what workers start from, in a process of its own."""
+    """Fill a folder from which workers start, in a process of its own."""
     process = CONTEXT.Process(target=_make_root, args=(root,))
     process.start()
     process.join()
@@ -131,7 +131,7 @@ def _make_root(root: Path) -> None:
 
 
 def _work(connection: Connection, root: Path, number: int) -> None:
-    """Try what comes; what libraries print by themselves is nobody's answer."""
+    """Try the inputs that arrive; output that libraries print by themselves is discarded."""
     for stream in (sys.stdout, sys.stderr):
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     folder = root / f"worker-{number}"

@@ -1,4 +1,4 @@
-"""Makes the folder in which inputs are tried: tiny models, a profile that uses most of the language, its lock."""
+"""Makes the folder in which inputs are tried: tiny models, a profile that uses most of the language, and its lock."""
 
 from __future__ import annotations
 

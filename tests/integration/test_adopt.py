@@ -97,7 +97,7 @@ def test_a_missing_layer_is_an_error_as_in_transformers():
     assert "`model.layers.1` takes it" in found["uncovered-tensor"]["message"]
 
 
-def test_nothing_is_written_for_a_map_that_transformers_refuses_and_that_is_said():
+def test_a_map_that_transformers_refuses_writes_nothing_and_says_so():
     Path("map").write_text(json.dumps(without("model.layers.11")))
     arguments = ["adopt", "map", "--model", "deep", "-o", "adopted.yaml"]
     done = CliRunner().invoke(devmap, arguments, standalone_mode=False)

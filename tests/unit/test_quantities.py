@@ -35,14 +35,14 @@ SPELLINGS = {
 
 
 @pytest.mark.parametrize("text", SPELLINGS)
-def test_what_is_proposed_for_a_bandwidth_is_the_rate_that_was_meant(text):
+def test_the_rate_proposed_for_a_bandwidth_is_the_intended_one(text):
     with pytest.raises(QuantityError) as refused:
         parse_bandwidth(text)
     assert [parse_bandwidth(each) for each in re.findall("`(.*?)`", refused.value.help)] == SPELLINGS[text]
 
 
 @pytest.mark.parametrize("text", ["25 parsecs", "25/s", "1bit/s", "25GiBs", "25 \N{KELVIN SIGN}b/s"])
-def test_nothing_is_made_up_for_a_bandwidth_that_is_none(text):
+def test_no_rate_is_proposed_for_text_that_is_no_bandwidth(text):
     with pytest.raises(QuantityError) as refused:
         parse_bandwidth(text)
     assert refused.value.help.startswith(("units are ", "write a bandwidth as "))

@@ -38,7 +38,7 @@ def test_each_devices_peak_is_reported_beside_the_planned_maximum(plan, monkeypa
             assert used[str(use.id)].planned_bytes == max(held_bytes, use.loading_bytes) > 0
 
 
-def test_what_cannot_be_measured_is_left_out(plan, monkeypatch):
+def test_memory_that_cannot_be_measured_is_left_out(plan, monkeypatch):
     monkeypatch.delattr(torch.cuda, "max_memory_allocated")
     [cpu] = memory_use(plan)
     assert (str(cpu.device), cpu.peak_bytes >= psutil.Process().memory_info().rss // 2) == ("cpu", True)

@@ -1,4 +1,4 @@
-"""A plugin of vLLM's that notes how many bytes of weights each rank loads: on CPUs the engine's log does not say."""
+"""A plugin for vLLM that records how many bytes of weights each rank loads, which the engine's log omits on CPUs."""
 
 import json
 import os
