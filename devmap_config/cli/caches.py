@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from devmap_config.amounts import format_bytes, format_duration
 from devmap_config.cli.progress import progress
+from devmap_config.graph.costs import PARTLY
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -43,6 +44,8 @@ class CacheComparison:
     context_length: int
     plans: tuple[Compiled | None, Compiled | None]
     reasons: tuple[str | None, str | None] = (None, None)
+    partly: Compiled | None = None
+    """The plan that chooses, block by block, where the cache is; `None` if there is none."""
 
     @property
     def nanoseconds(self) -> tuple[int | None, int | None]:
@@ -69,7 +72,7 @@ class CacheComparison:
             "better": None if self.better is None else CACHES[self.better],
             **{
                 name: None if compiled is None else {key: compiled.to_json()[key] for key in ("prediction", "basis")}
-                for name, compiled in zip(CACHES, self.plans, strict=True)
+                for name, compiled in zip((*CACHES, PARTLY), (*self.plans, self.partly), strict=True)
             },
         }
 
@@ -109,10 +112,11 @@ def _changes(before: CacheComparison, after: CacheComparison) -> bool:
 
 
 def _compared(request: Callable[..., Request], context_length: int) -> CacheComparison:
-    results, offloaded = (
-        _plan(request(workload={"cache": cache, "context_length": context_length})) for cache in CACHES
+    # The last first: its measurement tells those of the others.
+    partly, offloaded, there = (
+        _plan(request(workload={"cache": cache, "context_length": context_length})) for cache in (PARTLY, *CACHES[::-1])
     )
-    return CacheComparison(context_length, (results[0], offloaded[0]), (results[1], offloaded[1]))
+    return CacheComparison(context_length, (there[0], offloaded[0]), (there[1], offloaded[1]), partly[0])
 
 
 def _plan(request: Request) -> tuple[Compiled | None, str | None]:
@@ -126,13 +130,20 @@ def _plan(request: Request) -> tuple[Compiled | None, str | None]:
 
 
 def comparison_table(every: list[CacheComparison]) -> Iterator[Table | str]:
-    """Yield the times of both caches by context, and the context from which one is better."""
+    """Yield the times of both caches by context, those of a plan that mixes them where there is one, and the context
+    from which one is better.
+    """
     from devmap_config.cli.tables import new_table
 
-    table = new_table("context", figures=("a token", "weights copied", "a token, cache offloaded", "weights copied"))
+    mixes = any(comparison.partly is not None for comparison in every)
+    headings = ("a token", "copied", "offloaded", "copied", *(("partly", "copied") if mixes else ()))
+    table = new_table("context", figures=headings)
     for comparison in every:
-        table.add_row(f"{comparison.context_length:,}", *(text for plan in comparison.plans for text in _figures(plan)))
+        plans = (*comparison.plans, comparison.partly) if mixes else comparison.plans
+        table.add_row(f"{comparison.context_length:,}", *(text for plan in plans for text in _figures(plan)))
     yield table
+    partly = f", with `cache: {PARTLY}` (`partly`)" if mixes else ""
+    yield f"A token's time with the cache where the model runs, `offloaded`{partly}; `copied` are weights."
     yield from cache_comparison_in_words(every)
     rates = {
         basis.rates: None

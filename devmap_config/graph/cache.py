@@ -36,13 +36,7 @@ def cached_graph(
     A graph that could not be read or measured because of a library or a mistake of ours is not cached, so that it is
     measured once that is fixed.
     """
-    made_by = {
-        "schema": SCHEMA,
-        "libraries": library_versions(),
-        "code": code_digest("graph", "libraries", "quantization"),
-    }
-    name = digest({**key, **made_by}).removeprefix("sha256:")
-    path = (directory or default_directory()) / f"{name}.json"
+    path = _path_of(key, directory)
     if (value := kept(path)) is not None:
         return graph_from_json(value)
     graph = make()
@@ -50,6 +44,22 @@ def cached_graph(
         return graph
     keep(path, graph_to_json(graph))
     return graph
+
+
+def graph_if_cached(key: dict[str, object]) -> ModelGraph | None:
+    """Return the graph under this key, or `None` if it is not cached."""
+    value = kept(_path_of(key, None))
+    return None if value is None else graph_from_json(value)
+
+
+def _path_of(key: dict[str, object], directory: Path | None) -> Path:
+    made_by = {
+        "schema": SCHEMA,
+        "libraries": library_versions(),
+        "code": code_digest("graph", "libraries", "quantization"),
+    }
+    name = digest({**key, **made_by}).removeprefix("sha256:")
+    return (directory or default_directory()) / f"{name}.json"
 
 
 def default_directory() -> Path:

@@ -320,6 +320,13 @@ class Measurement:
         """True if there are steps of decoding; encoders and models without a cache have none."""
         return not self.measured or any(cost.decode_launches for cost in self.modules)
 
+    def with_cache(self, cache: str) -> Measurement:
+        """Return the costs with a dynamic or an offloaded cache, of those with a cache that may be offloaded."""
+        modules = self.modules
+        if cache == "dynamic":
+            modules = tuple(replace(cost, offloaded_bytes=0, offloaded_largest_bytes=0) for cost in modules)
+        return replace(self, workload=replace(self.workload, cache=cache), modules=modules)
+
     def at(self, context_length: int) -> Measurement:
         """Return the costs for another length of context."""
         return replace(

@@ -16,8 +16,9 @@ from devmap_config.graph.beside_profile import (
     warn_of_stale_graph,
     with_checkpoint,
 )
-from devmap_config.graph.cache import cached_graph
+from devmap_config.graph.cache import cached_graph, graph_if_cached
 from devmap_config.graph.checkpoint import CheckpointError
+from devmap_config.graph.costs import PARTLY
 from devmap_config.graph.failures import failure_of
 from devmap_config.graph.findings import (
     report_cache,
@@ -352,6 +353,8 @@ def graph_from_source(inputs: GraphInputs) -> ModelGraph:
     source, workload, quantization = inputs.source, inputs.workload, inputs.quantization
 
     def make() -> ModelGraph:
+        if workload is not None and (shared := _measured_alike(key, workload)) is not None:
+            return shared
         with source.as_config() as config_path:
             return build_graph(
                 config_path,
@@ -376,6 +379,21 @@ def graph_from_source(inputs: GraphInputs) -> ModelGraph:
     graph = make() if inputs.trust_remote_code else cached_graph(key, make)
     apart = source.stored_apart(graph.ties)
     return replace(graph, ties=tuple(tie for tie in graph.ties if tie not in apart)) if apart else graph
+
+
+MEASURED_ALIKE: Mapping[str, tuple[str, ...]] = {"dynamic": (PARTLY, "offloaded"), "offloaded": (PARTLY,)}
+"""By kind of cache, other kinds that are measured by the same runs, of which more is recorded: measuring moves nothing,
+and so fills transformers' dynamic cache for each.
+"""
+
+
+def _measured_alike(key: dict[str, object], workload: WorkloadShape) -> ModelGraph | None:
+    """Return the graph that follows from a cached one whose workload differs in the kind of cache, if there is one."""
+    for cache in MEASURED_ALIKE.get(workload.cache, ()):
+        graph = graph_if_cached({**key, "workload": replace(workload, cache=cache).to_json()})
+        if graph is not None and graph.measurement is not None and graph.measurement.measured:
+            return replace(graph, measurement=graph.measurement.with_cache(workload.cache))
+    return None
 
 
 def _find_source(loaded: LoadedProfile, lookup: Lookup, sink: Sink) -> ModelSource | None:

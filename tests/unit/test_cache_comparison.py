@@ -12,6 +12,8 @@ from conftest import LLAMA
 
 from devmap_config.cli import caches, devmap
 from devmap_config.compiler import Compiled, Rejected, Request, run_pipeline
+from devmap_config.graph import introspection, loading
+from devmap_config.graph.serialization import graph_to_json
 
 PROFILE = """\
 version: 1
@@ -63,6 +65,38 @@ def test_the_stated_context_is_where_the_faster_of_both_plans_changes():
         taken = [plan.prediction.decode_nanoseconds_per_token for plan in plans]
         assert taken == nanoseconds_of(by_length[length])
         assert (taken[1] < taken[0]) == (length == 1024)
+
+
+def test_a_plan_that_mixes_both_is_shown_beside_them(monkeypatch):
+    told = compared(written())["caches"]
+    for each in told:
+        taken = each["partly_offloaded"]["prediction"]["decode_nanoseconds_per_token"]
+        assert taken <= min(nanoseconds_of(each))
+    mixed = written(context=told[-1]["context_length"], cache="partly_offloaded")
+    assert run_pipeline(Request(path=mixed)).plan.prediction.decode_nanoseconds_per_token == taken
+    monkeypatch.setenv("COLUMNS", "80")
+    shown = CliRunner().invoke(devmap, ["explain", str(written()), "--caches"]).stdout.splitlines()
+    assert shown[0].split() == ["context", "a", "token", "copied", "offloaded", "copied", "partly", "copied"]
+    assert max(map(len, shown)) <= 80
+
+
+@pytest.mark.parametrize("model", ["llama", "mixture", "learned"])
+def test_caches_that_are_measured_alike_are_measured_once(model, tmp_path, monkeypatch):
+    measured = []
+    monkeypatch.setattr(loading, "build_graph", lambda *given, **names: measured.append(1) or build(*given, **names))
+    build = introspection.build_graph
+
+    def graph_of(cache, folder):
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / folder))
+        path = written(cache=cache, text=PROFILE.replace("llama", model), memory="900MiB")
+        return graph_to_json(run_pipeline(Request(path=path)).graph)
+
+    apart = [graph_of(cache, cache) for cache in ("partly_offloaded", "offloaded", "dynamic")]
+    assert len(measured) == 3
+    assert [graph_of(cache, "shared") for cache in ("partly_offloaded", "offloaded", "dynamic")] == apart
+    assert len(measured) == 4
+    assert graph_of("dynamic", "offloaded") == apart[-1]
+    assert len(measured) == 4
 
 
 def test_a_cache_that_cannot_be_offloaded_is_reported_with_the_reason():
