@@ -1,5 +1,11 @@
 """Dry-runs transformers' `auto` map of every causal language model on simulated accelerators, to find maps that do not
 run.
+
+Each type is built from its default config with few layers, planned by transformers' `device_map="auto"` for two cards,
+of which neither holds it all, and run by that map, through accelerate's hooks. What does not run is told apart from
+what cannot be told: code that looks at data.
+
+    python benchmarks/auto_maps.py > benchmarks/auto_maps.md
 """
 
 from __future__ import annotations

@@ -1,4 +1,23 @@
-"""Compares compiled and plain decoding on this machine's CUDA card or its CPU: times, tokens and logits."""
+"""Compares compiled and plain decoding on this machine's CUDA card or its CPU: times, tokens and logits.
+
+A model of random weights is compiled into a plan with a static cache, loaded by its lock with and without
+`compile=True`, and goes on from the same prompt. Random weights make logits that are nearly alike, so tokens part
+sooner than those of a model that was trained.
+
+On a card it has a published shape, fewer of its layers if wanted:
+
+    python -m benchmarks.compiled_decoding profiles/models/llama-3.1-8b --layers 16 --folder /dev/shm/compiled
+
+On the CPU it is one of `benchmarks/receipts.py`, or each of them by which `compiled_decoding.md` was made. The two take
+turns in one process and one thread, and time is the processor's, which other processes take little of. What is refused,
+such as bfloat16, is compiled all the same, to see why:
+
+    OMP_NUM_THREADS=1 python -m benchmarks.compiled_decoding --on-cpu --folder /tmp/compiled
+
+With `--half-on-disk` the first half of the layers is on disk, and of the others each is compiled by itself:
+
+    OMP_NUM_THREADS=1 python -m benchmarks.compiled_decoding dense-0.4b --on-cpu --half-on-disk --folder /tmp/compiled
+"""
 
 from __future__ import annotations
 

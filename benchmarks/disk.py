@@ -1,4 +1,17 @@
-"""Compares ways to run a model larger than memory: `devmap run`, accelerate's hooks, and the system's paging alone."""
+"""Compares ways to run a model larger than memory: `devmap run`, accelerate's hooks, and the system's paging alone.
+
+A Llama with random weights, at least twice as large as the memory, is loaded and generates, in a process of its own
+each time, in a memory cgroup of the memory that the profile states and a tenth. The files are in no cache before. They
+take turns, and then again:
+
+- `devmap`: the plan of the profile, by its lock;
+- `accelerate`: the same map by plain `from_pretrained`;
+- `mapped`: plain `device_map="cpu"`, by which parameters are the file's pages, and the system decides which stay;
+- `resident`: the same with as much memory as there is, which is the time of computing.
+
+Beside the times stands the longer of two that bound them: of reading what is on disk by mapping, at the rate of the
+same round, and of computing. Needs root, for the cgroup and to empty the cache.
+"""
 
 from __future__ import annotations
 

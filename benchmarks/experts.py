@@ -1,4 +1,12 @@
-"""Times transformers' products with experts on the CPU, for the numbers of tokens of decoding and prefills."""
+"""Times transformers' products with experts on the CPU, for the numbers of tokens of decoding and prefills.
+
+The experts of one layer of a published shape, with random weights in bfloat16 and another choice of experts each
+round, in which every implementation takes a turn. Times are those of the processor, of all threads, which other
+processes on the machine lengthen less than the clock's. `batched_mm` copies the weights of each chosen expert for each
+token first: it is left out where that is more than 4 GiB.
+
+    OMP_NUM_THREADS=1 python benchmarks/experts.py > table.md
+"""
 
 from __future__ import annotations
 

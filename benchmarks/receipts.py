@@ -1,4 +1,12 @@
-"""Makes receipts on this machine with small models: of CPU plans, and of CPU and disk within a memory limit."""
+"""Makes receipts on this machine with small models: of CPU plans, and of CPU and disk within a memory limit.
+
+Each model is made with random weights, compiled for a machine that was probed once, run by `devmap run --receipt` in a
+process of its own, and deleted. What is on disk is read by a process in a memory cgroup of a tenth more than was
+predicted, with the files in no cache before (`cold`) or in it (`cached`): it would be ended where that is too little.
+
+What has a receipt already is not run again, and what fails is told and left out: run it again to go on. Needs Linux;
+the limits, and emptying the cache, need root. `devmap receipts receipts/*.json` prints what came of it.
+"""
 
 from __future__ import annotations
 

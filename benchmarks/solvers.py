@@ -1,5 +1,9 @@
 """Compares HiGHS, which `fastest` uses, with OR-Tools' CP-SAT on the same programs: the table of
 `docs/placement.md`.
+
+Every published model is placed on the machines of `machines.yaml`, by `fastest` with all wishes beside time, and on
+problems that are hard in some way. Seconds are those of the processor, of one thread. A gap is that of the fastest
+placement above its proven bound. Each solver is the other's oracle: what one proves, the other must not be below.
 """
 
 from __future__ import annotations

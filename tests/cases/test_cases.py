@@ -1,5 +1,10 @@
 """Every YAML block of the Markdown files here and of the pages of codes is compiled as a profile, with the stated
 findings.
+
+A block is a whole profile, or a part of one: what it leaves out of `version`, `model` and `hardware` is added below
+it. Each wrong line states its finding as a comment: `# error[code] column`, several separated by commas. A block
+without findings compiles. Blocks under one heading are files of one case: `yaml name.yaml` names another file
+than the profile, `yaml bare` adds nothing, `yaml simulated` has the plan dry-run.
 """
 
 from __future__ import annotations

@@ -1,4 +1,9 @@
-"""Generates inputs for every way in, tries them, and reports failures: `make fuzz SECONDS=3600 SEED=7`."""
+"""Generates inputs for every way in, tries them, and reports failures: `make fuzz SECONDS=3600 SEED=7`.
+
+An input depends only on the seed, the name of its surface and its number: the same seed makes the same inputs. The
+first failures of each kind are written to a folder, and the kind is printed once with its details. Put such an input
+into `tests/corpus` under a name that says what it is; `make test` then tries it.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Several mistakes of a profile are reported in one run, each as it is reported alone."""
+"""Several mistakes of a profile are reported in one run, each as it is reported alone.
+
+The same holds for mistakes in several files or machines that a command is given.
+"""
 
 from __future__ import annotations
 

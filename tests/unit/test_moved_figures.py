@@ -1,4 +1,7 @@
-"""A lock made with other library versions stays valid while its plan holds, and changed measurements are reported."""
+"""A lock made with other library versions stays valid while its plan holds, and changed measurements are reported.
+
+Other versions are simulated by a changed measurement, and by the versions in the lock.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Weights copied ahead to an accelerator are there when a module computes, and not overwritten meanwhile."""
+"""Weights copied ahead to an accelerator are there when a module computes, and not overwritten meanwhile.
+
+The accelerator is simulated (`late_copies.py`): each of its two streams must wait for the other.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Profiles of up to a megabyte are answered quickly, whatever they have many of or make long."""
+"""Profiles of up to a megabyte are answered quickly, whatever they have many of or make long.
+
+Each of these took minutes before it had a limit, and takes a fraction of a second now.
+"""
 
 from __future__ import annotations
 
