@@ -105,7 +105,10 @@ def check_quantizer(stored_on: Mapping[str, Device], prepared: Prepared, sink: S
     if refusal.one_device_only and len(devices) > 1:
         used, joined, advice = devices, " together with ", "write `strategy: single`"
     elif devices == {CPU} and refusal.whole_is_fine:
-        used, advice = used if len(stored_on) > 1 else set(), "write `strategy: single`, whose map has one key"
+        used, advice = (
+            used if len(stored_on) > 1 else set(),
+            "write `strategy: single`, which puts the whole model there by one key",
+        )
     elif devices == {CPU} and refusal.alone_is_fine and not quantization.is_told_to_accept:
         return
     if not used:

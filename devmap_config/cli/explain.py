@@ -184,7 +184,7 @@ def _predictions(prediction: Prediction, graph: ModelGraph, other: str) -> Itera
     """Yield sentences about the plan's predicted times."""
     decode, bound = prediction.decode_nanoseconds_per_token, prediction.bound_decode_nanoseconds_per_token
     if decode is not None and bound is not None:
-        gap = 100 * (decode - bound) / bound
+        gap = 100 * (decode - bound) / decode
         token, least = format_duration(decode), format_duration(bound)
         yield f"A token takes {token}; {other} can take less than {least}, {_percent(gap)} less."
     elif decode is not None:
@@ -394,7 +394,8 @@ def _alternative(other: Alternative, what: str) -> str:
 def _costs(other: Alternative, what: str) -> str:
     """Return how much slower an alternative is, and the memory that it lacks."""
     slower = other.slower_nanoseconds
-    pace = f"how long {what} would take is not known"
+    missing = f", without {' and '.join(other.missing)}" if other.missing else ""
+    pace = f"how long {what} would take is not known{missing}"
     if slower is not None:
         pace = f"{what} would take {format_duration(abs(slower))} {'more' if slower >= 0 else 'less'}"
     blocked = (

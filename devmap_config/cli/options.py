@@ -20,10 +20,12 @@ def _variables(context: click.Context, parameter: click.Parameter, values: tuple
     wrong: list[str] = []
     for value in values:
         name, equals, text = value.partition("=")
-        if equals and name.isidentifier() and is_unicode(text):
-            variables[name] = text
+        if not equals or not name.isidentifier():
+            wrong.append(f"`{value}` is not of the form NAME=VALUE")
+        elif not is_unicode(text):
+            wrong.append(f"the value of `{name}` is not UTF-8")
         else:
-            wrong.append(f"`{value}` is not of the form NAME=VALUE, in UTF-8")
+            variables[name] = text
     if wrong:
         raise click.BadParameter("; ".join(wrong), context, parameter)
     return variables

@@ -175,7 +175,8 @@ INPUTS_OF_PARTS = {"vision": "images: 1", "audio": "audio_seconds: 30"}
 def _in_transformers(plan: Plan) -> str:
     """Return the sentence about the arguments with which plain transformers makes the same plan."""
     if plan.max_memory is None:
-        return "plain transformers makes this plan of its map alone, not of `max_memory`: more than budgets decides"
+        how = "" if plan.compute else ": pass it the map that `--format device-map` prints"
+        return f"no `max_memory` makes plain transformers choose this plan{how}"
     argument = f"max_memory={dict(plan.max_memory)}"
     return f'plain transformers makes the same map of device_map="{plan.strategy}", {argument}'
 

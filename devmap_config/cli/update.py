@@ -65,7 +65,7 @@ def update(profile: Path, options: ProfileOptions, dry_run: bool) -> None:
 def _summary(model: Model, before: str | None, after: str | None) -> str:
     """Return the change of the model's revision in one line."""
     if after is None:
-        return "the model is a local one: it has no revision to update"
+        return "the model is a local one: it has no revision to update, and is compiled as it is now"
     revision = model.revision or "main"
     name = f"{model.source.value} at `{revision}`"
     if revision == after:

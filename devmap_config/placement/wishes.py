@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from devmap_config.amounts import format_bytes
+from devmap_config.amounts import counted, format_bytes
 from devmap_config.placement.chain import STREAMED
 from devmap_config.placement.layout import in_runs, in_turns, laid_out, order_in
 from devmap_config.placement.program import program_of, use_of
@@ -251,7 +251,7 @@ WISHES = (
     Wish(
         _one_run_each,
         lambda plan: plan.prediction.hops or 0,
-        lambda after, before: f"activations change devices {after:,} times in a forward instead of {before:,}",
+        lambda after, before: f"activations change devices {counted(after, 'time')} in a forward instead of {before:,}",
     ),
     Wish(
         _long_context,

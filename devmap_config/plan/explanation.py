@@ -9,7 +9,7 @@ from devmap_config.devices import CPU, DISK
 from devmap_config.execution.assignment import ON_CPU, Assignment, Location
 from devmap_config.graph.model import ModulePath, is_within
 from devmap_config.plan.plan import OWN, Plan, device_uses
-from devmap_config.plan.prediction import predict, rates_basis
+from devmap_config.plan.prediction import figures_in_words, missing_figures, predict, rates_basis
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -33,7 +33,8 @@ class Alternative:
     """Another place for a block, with everything else unchanged.
 
     `slower_nanoseconds` is the extra time of a token (negative if it is faster), `None` if unknown; `rates` is the
-    weakest basis of either time; `missing_bytes` are the bytes that `full_device` lacks.
+    weakest basis of either time; `missing` are figures of the machine without which it is unknown; `missing_bytes` are
+    the bytes that `full_device` lacks.
     """
 
     location: Location
@@ -41,6 +42,7 @@ class Alternative:
     rates: Basis | None
     missing_bytes: int
     full_device: Device | None
+    missing: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -170,4 +172,5 @@ def _compared(plan: Plan, moved: Plan, location: Location, graph: ModelGraph, in
         rates=rates_basis(graph, inventory, phase, plan, moved) if is_known else None,
         missing_bytes=max(-fullest.free_bytes, 0),
         full_device=fullest.id if fullest.free_bytes < 0 else None,
+        missing=figures_in_words(missing_figures(moved, graph, inventory).get(phase, ())),
     )

@@ -133,7 +133,11 @@ class _Adoption:
 
     def _report_refused(self, names: Collection[TensorName]) -> None:
         for key, modules in self._modules_by_key(names):
-            taken = f"; while loading, `{key}` takes it, as its expression has no end" if key else ""
+            taken = (
+                f"; while loading, it counts `{key}` as its key, as it compares only the beginning of names"
+                if key
+                else ""
+            )
             self.sink.error(
                 "uncovered-tensor",
                 f"no key names {_quoted(modules)}: transformers refuses to load by this map{taken}",
@@ -145,7 +149,7 @@ class _Adoption:
         """Report the mistakes of a map with one device, which accelerate does not check."""
         for key, modules in self._modules_by_key(names):
             if key:
-                what = f"transformers puts it where `{key}` is, whose expression has no end"
+                what = f"transformers puts it where `{key}` is, as it compares only the beginning of names"
             elif self.main_device == CPU:
                 continue
             else:

@@ -57,7 +57,7 @@ def test_with_pins_only_the_map_makes_the_plan(profile):
     path = profile(pins="{match: lm_head, device: cuda:1}")
     assert compile_profile(path).max_memory is None
     _, table, _ = run("compile", str(path))
-    assert "plain transformers makes this plan of its map alone, not of `max_memory`" in table
+    assert "no `max_memory` makes plain transformers choose this plan: pass it the map" in table
     assert "makes the same map" not in table
 
 

@@ -103,6 +103,16 @@ def test_a_part_of_a_split_block_is_explained_by_itself(workspace):
     assert "which is placed as a whole" in " ".join(why(compiled, "model.layers.1.self_attn.q_proj"))
 
 
+def test_a_place_of_unknown_speed_says_which_figure_is_missing(workspace):
+    Path("p.yaml").write_text(
+        PROFILE.replace("mixture", "llama").partition("pins")[0].replace("bandwidth: 50GB/s", "reserve: 0") + "}\n"
+    )
+    compiled = run_pipeline(Request(path=Path("p.yaml")))
+    missing = {str(other.location): other.missing for other in alternatives_of(compiled, "model.layers.1")}
+    assert ("the `bandwidth` of cpu",) in missing.values()
+    assert () in missing.values()
+
+
 def test_counts_have_singular_and_plural():
     assert [counted(1, "tensor"), counted(2, "tensor")] == ["1 tensor", "2 tensors"]
 
