@@ -47,7 +47,7 @@ FLOAT32_ONLY = ("xlnet",)
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """The dry run of a type's map, or the reason why there was no map."""
+    """The dry run of a type's map, or the reason why there is no map."""
 
     model_type: str
     class_name: str

@@ -1,7 +1,7 @@
-"""Every input in `tests/corpus`, each of which once made a command fail, gets a proper answer; its folder is the
-surface.
+"""Every input in `tests/corpus` once made a command fail, and now gets a proper answer.
 
-`make fuzz` finds them. Each is tried as there: in a process that has 5 s of processor time and 1 GiB.
+Its folder is named after the surface that reads it, and its file after the failure. `make fuzz` finds such inputs. Each
+is tried as there: in a process that has 5 s of processor time and 1 GiB.
 """
 
 from __future__ import annotations
