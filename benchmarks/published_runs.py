@@ -52,6 +52,8 @@ class Comparison:
     measured: float
     fits: str
     is_receipt: bool
+    kind: str | None
+    """What such runs have in common, as in `SPREADS`; `None` for dense weights with a cache that grows."""
 
     @property
     def is_fitted(self) -> bool:
@@ -68,7 +70,12 @@ def profile_of(run: dict[str, Any]) -> dict[str, Any]:
     """Return what a profile says of a run, beside the folder `model`."""
     return {
         "version": 1,
-        "model": {"source": "./model", "dtype": run["dtype"], "attention": run.get("attention", "eager")},
+        "model": {
+            "source": "./model",
+            "dtype": run["dtype"],
+            "attention": run.get("attention", "eager"),
+            **({"quantization": run["quantization"]} if "quantization" in run else {}),
+        },
         "workload": run["workload"],
         "hardware": {"devices": run["devices"], "links": run.get("links", {})},
         "placement": {
@@ -135,7 +142,8 @@ def comparisons(cases: list[Case], constants: Mapping[str, float] | None = None)
                     predicted=times[phase],
                     measured=run["milliseconds"][phase],
                     fits=run.get("fits", ""),
-                    is_receipt=run.get("is_receipt", False),
+                    is_receipt="receipts" in run,
+                    kind=run.get("kind"),
                 )
 
 
@@ -163,7 +171,7 @@ def left_out(cases: list[Case]) -> Table:
                 table.add_row(constant, named, "no other row determines it", "", "", "")
                 continue
             other_value = float(value) if without is None else refitted(constant, others)
-            rows = list(comparisons(cases, {constant: other_value}))
+            rows = [row for row in comparisons(cases, {constant: other_value}) if row.kind is None]
             own = [f"{row.error:+.0%}" for row in rows if without and row.run == named and row.is_fitted]
             errors = [abs(row.error) for row in rows if not row.is_fitted]
             middle, worst = (f"{error:.0%}" for error in (statistics.median(errors), max(errors)))
@@ -183,17 +191,15 @@ def table_of(rows: list[Comparison]) -> Table:
 def main() -> None:
     """Compare, and print."""
     cases = [case_of(run) for run in yaml.safe_load(RUNS.read_text())]
-    rows = list(comparisons(cases))
+    compared = list(comparisons(cases))
+    rows = [row for row in compared if row.kind is None]
     console = Console(width=140)
     console.print(table_of(rows))
+    console.print(table_of([row for row in compared if row.kind is not None]))
     for whose, chosen in (("published by others", False), ("from receipts of ours", True)):
         errors = [abs(row.error) for row in rows if row.is_receipt == chosen and not row.is_fitted]
         middle, worst = statistics.median(errors), max(errors)
         console.print(f"{whose}, not fitted: {len(errors)}, off by {middle:.0%} at the median, {worst:.0%} at worst")
-
-    for phase in OWN:
-        shares = [row.measured / row.predicted for row in rows if row.phase == phase and not row.is_fitted]
-        console.print(f"{phase}, not fitted: {min(shares):.0%} to {max(shares):.0%} of what was predicted")
     console.print(left_out(cases))
 
 

@@ -152,6 +152,8 @@ def _table(rows: list[Row]) -> Iterator[Table | str]:
     rates = {basis: None for row in rows for compiled in row.plans.values() for basis in _rates(compiled)}
     if len(rates) == 1:
         yield f"these times rest on {next(iter(rates))} rates"
+    if any(_is_always_slower(compiled) for row in rows for compiled in row.plans.values()):
+        yield "measured prefills always took longer than predicted: `devmap compile` shows by how much"
     if any(map(_holds_uncounted, (compiled for row in rows for compiled in row.plans.values()))):
         base = format_bytes(PROCESS_ANONYMOUS_BYTES)
         yield f"of the CPU's memory, tensors are counted: Python and the libraries hold {base} or more besides"
@@ -207,6 +209,13 @@ def _holds_uncounted(compiled: Compiled) -> bool:
 def _rates(compiled: Compiled) -> list[str]:
     """Return the bases of the rates on which the times of a plan rest; empty if it predicts no time."""
     return list(dict.fromkeys(basis.rates for basis in compiled.time_bases.values()))
+
+
+def _is_always_slower(compiled: Compiled) -> bool:
+    """Return whether each measured prefill that a plan is compared with took longer than predicted."""
+    basis, predicted = compiled.time_bases.get("prefill"), compiled.plan.prediction.prefill_nanoseconds
+    least = None if basis is None else basis.least_nanoseconds
+    return least is not None and predicted is not None and least > predicted
 
 
 def _context(compiled: Compiled) -> int:

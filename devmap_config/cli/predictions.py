@@ -87,15 +87,21 @@ def bases_in_words(bases: Mapping[Phase, TimeBasis], prediction: Prediction) -> 
         sentence = f"these times rest on {next(iter(rates.values()))} rates"
     else:
         sentence = ", ".join(f"{unit} rests on {basis} rates" for unit, basis in rates.items())
-    ratios = [
-        f"{format_ratios(basis.least_nanoseconds, basis.most_nanoseconds, getattr(prediction, OWN[phase]))}"
-        f" for {UNITS[phase]}"
-        for phase, basis in bases.items()
-        if basis.least_nanoseconds is not None and basis.most_nanoseconds is not None
-    ]
+    kinds = {basis.kind for basis in bases.values()}
+    kind = kinds.pop() if len(kinds) == 1 else None
+    ratios = []
+    for phase, basis in bases.items():
+        least, most, predicted = basis.least_nanoseconds, basis.most_nanoseconds, getattr(prediction, OWN[phase])
+        if least is None or most is None:
+            continue
+        always = " (always slower)" if least > predicted else " (always faster)" if most < predicted else ""
+        ratios.append(f"{format_ratios(least, most, predicted)} for {UNITS[phase]}{always}")
+    if not ratios:
+        return f"{sentence}; no run with {kind} was compared with such a prediction" if kind else sentence
     # Not as times: the prediction itself need not be between them, which would read as a contradiction.
     listed = ", ".join(ratios).replace(" times", " times the prediction", 1)
-    return sentence + (f"; measured runs took {listed}" if ratios else "")
+    runs = f"runs with {kind}" if kind else "runs"
+    return f"{sentence}; measured {runs} took {listed}"
 
 
 def _fastest(nanoseconds: int | None, own_nanoseconds: int) -> str:

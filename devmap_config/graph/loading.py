@@ -285,6 +285,7 @@ def _loading_facts(
         quantises=quantises,
         quantising_item_bytes=item_bytes,
         method=None if quantization is None else quantization.method.name,
+        running=None if quantization is None else quantization.running,
     )
 
 

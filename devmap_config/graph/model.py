@@ -123,6 +123,8 @@ class LoadingFacts:
         quantising_item_bytes: the most bytes that an element of a weight takes while it is quantised: the dense value,
             intermediate values, and the result; 0 if there are no intermediate values.
         method: the method of quantization, or the one that the checkpoint is stored in.
+        running: the weights while the model runs, if they are quantised: the method in a few words, and the dtype that
+            it computes in if its arguments say so: `bitsandbytes nf4 4 bit in bfloat16`.
     """
 
     merged: frozenset[TensorName]
@@ -131,6 +133,7 @@ class LoadingFacts:
     quantises: bool = False
     quantising_item_bytes: int = 0
     method: str | None = None
+    running: str | None = None
 
 
 @dataclass(frozen=True)

@@ -63,14 +63,19 @@ UNPINNED_MOST_BYTES_PER_SECOND = 10 * 10**9
 """The most that the CPU copies from other memory into pinned memory: 10.6 GB/s, where an H100's link has 55
 (`devmap_config/runner/receipts/`)."""
 
-SPREADS: Mapping[tuple[Basis, str], Mapping[str, Spread]] = {
-    ("stated", "cuda"): {"decode": Spread(88, 148), "prefill": Spread(108, 144)},
-    ("measured", "cpu"): {"decode": Spread(96, 121), "prefill": Spread(101, 127)},
+SPREADS: Mapping[tuple[Basis, str, str | None], Mapping[str, Spread]] = {
+    ("stated", "cuda", None): {"decode": Spread(83, 241), "prefill": Spread(102, 144)},
+    ("stated", "cuda", "`cache: static`"): {"decode": Spread(37, 38), "prefill": Spread(110, 114)},
+    ("stated", "cuda", "bitsandbytes fp4 4 bit in float32"): {
+        "decode": Spread(96, 188),
+        "prefill": Spread(109, 1092),
+    },
+    ("measured", "cpu", None): {"decode": Spread(82, 124), "prefill": Spread(60, 139)},
+    ("measured", "cpu", "torchao Int8WeightOnlyConfig"): {"decode": Spread(105, 106), "prefill": Spread(113, 114)},
 }
 """The least and the most time that runs took relative to the prediction, by the basis of the rates, the kind of device
-that ran everything, and the phase. They come from the rows of docs/fidelity.md that were not used for fitting: 11
-tokens and 8 prefills with stated rates, and 30 of each on a CPU that had been measured. Other combinations were not
-observed often enough.
+that ran everything, the kind of runs (`None` for dense weights with a cache that grows) and the phase. They come from
+all rows of docs/fidelity.md and all receipts that it names, each run by itself. Other combinations were not observed.
 """
 
 PROCESS_ANONYMOUS_BYTES = 293 * 2**20

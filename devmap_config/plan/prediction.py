@@ -29,9 +29,13 @@ if TYPE_CHECKING:
 class TimeBasis:
     """The basis of the predicted time of a phase, and the range in which runs with that basis were observed, if any
     were.
+
+    `kind`: what such runs have in common besides their rates, as in `SPREADS`; `None` for dense weights with a cache
+    that grows.
     """
 
     rates: Basis
+    kind: str | None = None
     least_nanoseconds: int | None = None
     most_nanoseconds: int | None = None
 
@@ -46,8 +50,21 @@ def time_bases(plan: Plan, graph: ModelGraph, inventory: Inventory) -> dict[Phas
             bases[phase] = TimeBasis(rates=_basis_of_stages(plan.pipeline, inventory))  # no runs of vLLM were observed
         else:
             basis = rates_basis(graph, inventory, phase, plan)
-            bases[phase] = _basis(basis, nanoseconds, _spread(basis, phase, plan, inventory))
+            # The ranges of calibrated rates come with the profile, which does not say of which runs.
+            kind = None if basis == "calibrated" else kind_of_runs(plan, graph)
+            bases[phase] = _basis(basis, kind, nanoseconds, _spread(basis, kind, phase, plan, inventory))
     return bases
+
+
+def kind_of_runs(plan: Plan, graph: ModelGraph) -> str | None:
+    """Return the kind of runs that a plan's are compared with: by the quantization of its weights and by its cache."""
+    cache = "dynamic" if graph.measurement is None else graph.measurement.workload.cache
+    several = " on several devices" if len({assignment.location.runs_on for assignment in plan.assignments}) > 1 else ""
+    kinds = (
+        None if graph.loading is None else graph.loading.running,
+        None if cache == "dynamic" else f"`cache: {cache}`{several}",
+    )
+    return " and ".join(kind for kind in kinds if kind is not None) or None
 
 
 def rates_basis(graph: ModelGraph, inventory: Inventory, phase: Phase, *plans: Plan) -> Basis:
@@ -110,18 +127,18 @@ def _basis_of_stages(pipeline: Pipeline, inventory: Inventory) -> Basis:
     return weakest((*rates, *links))
 
 
-def _spread(basis: Basis, phase: Phase, plan: Plan, inventory: Inventory) -> Spread | None:
+def _spread(basis: Basis, kind: str | None, phase: Phase, plan: Plan, inventory: Inventory) -> Spread | None:
     if basis == "calibrated":
         return inventory.spreads.get(phase)
-    kinds = {assignment.location.runs_on.kind for assignment in plan.assignments}
-    return SPREADS.get((basis, kinds.pop()), {}).get(phase) if len(kinds) == 1 else None
+    devices = {assignment.location.runs_on.kind for assignment in plan.assignments}
+    return SPREADS.get((basis, devices.pop(), kind), {}).get(phase) if len(devices) == 1 else None
 
 
-def _basis(basis: Basis, nanoseconds: int, spread: Spread | None) -> TimeBasis:
+def _basis(basis: Basis, kind: str | None, nanoseconds: int, spread: Spread | None) -> TimeBasis:
     if spread is None:
-        return TimeBasis(rates=basis)
+        return TimeBasis(rates=basis, kind=kind)
     least, most = (nanoseconds * percent // 100 for percent in (spread.least_percent, spread.most_percent))
-    return TimeBasis(rates=basis, least_nanoseconds=least, most_nanoseconds=most)
+    return TimeBasis(rates=basis, kind=kind, least_nanoseconds=least, most_nanoseconds=most)
 
 
 def amounts(plan: Plan, graph: ModelGraph, inventory: Inventory, phase: Phase) -> list[dict[str, object]]:

@@ -165,6 +165,14 @@ class Quantization:
         details = "dequantised" if self.format() is UNCHANGED else self.method.details(self.arguments)
         return f"{self.method.name} {details}".rstrip()
 
+    @property
+    def running(self) -> str | None:
+        """The quantization in a few words, with the dtype that it computes in if its arguments determine that; `None`
+        if weights are dequantised while loading.
+        """
+        computes_in = f" in {self.computes_in}" if self.computes_in else ""
+        return None if self.format() is UNCHANGED else f"{self}{computes_in}"
+
     def to_json(self) -> dict[str, Any]:
         """Return everything that a graph depends on, as plain data."""
         form = self.format()

@@ -292,7 +292,11 @@ def _figures(plan: Mapping[str, Any]) -> Iterator[PlanFigure]:
         notes = [f"{basis['rates']} rates"] if basis else []
         if basis.get("least_nanoseconds") is not None:
             ratios = format_ratios(basis["least_nanoseconds"], basis["most_nanoseconds"], nanoseconds)
-            notes.insert(0, f"measured runs took {ratios} that")
+            runs = f"runs with {basis['kind']}" if basis["kind"] else "runs"
+            always = " (always slower)" if basis["least_nanoseconds"] > nanoseconds else ""
+            notes.insert(0, f"measured {runs} took {ratios} that{always}")
+        elif basis.get("kind"):
+            notes.insert(0, f"no run with {basis['kind']} was compared with such a prediction")
         bound = prediction["bound_decode_nanoseconds_per_token"] if phase == "decode" else None
         if bound is not None:
             notes.append(f"no plan in the search space is below {format_duration(bound)}")

@@ -2,19 +2,23 @@
 
 import json
 import re
+import statistics
 from pathlib import Path
 
 import pytest
+import yaml
 from click.testing import CliRunner
 from conftest import REPOSITORY
 
 from devmap_config.cli import devmap
 from devmap_config.compiler import Request, run_pipeline
 from devmap_config.hardware.constants import SPREADS
+from devmap_config.plan.plan import OWN
 from devmap_config.plan.prediction import time_bases
 from devmap_config.profile.quantities import Spread
 from devmap_config.profile.schema import Hardware
 from devmap_config.profile.writing import device_text, link_lines
+from devmap_config.runner.receipts import FOLDER
 
 PROFILE = """\
 version: 1
@@ -179,10 +183,16 @@ def test_a_plan_states_the_basis_of_its_times_and_the_spread_of_such_runs(worksp
     token = plan.prediction.decode_nanoseconds_per_token
     assert told["decode"] == {
         "rates": "calibrated",
+        "kind": None,
         "least_nanoseconds": token * 90 // 100,
         "most_nanoseconds": token * 120 // 100,
     }
-    assert told["prefill"] == {"rates": "calibrated", "least_nanoseconds": None, "most_nanoseconds": None}
+    assert told["prefill"] == {
+        "rates": "calibrated",
+        "kind": None,
+        "least_nanoseconds": None,
+        "most_nanoseconds": None,
+    }
     assert f"T{said}." in " ".join(run("explain", "p.yaml").split())
 
 
@@ -200,20 +210,113 @@ def test_prefill_and_decode_can_have_different_bases(workspace):
     assert "a token rests on measured rates, a prefill rests on stated rates" in " ".join(shown.split())
 
 
-ROW = re.compile(
-    r"\| .* \| (?P<phase>decode|prefill) \| (?P<predicted>[\d.]+) \| (?P<measured>[\d.]+) \|.*\| (?P<fits>.*)\|"
-)
+ROW = re.compile(r"\| (?P<run>.*) \| (?P<phase>decode|prefill) \| (?P<predicted>[\d.]+) \| [\d.]+ \| [-+]\d+% \|")
 RATIO = re.compile(r"\| .* \| (?P<phase>decode|prefill) \| [\d.]+ \| (?P<least>[\d.]+) to (?P<most>[\d.]+) \|")
+PAGE = (REPOSITORY / "docs" / "fidelity.md").read_text(encoding="utf-8")
+SECONDS = {"decode": "decode_seconds_per_token", "prefill": "prefill_seconds"}
 
 
-def test_the_stated_spreads_are_those_of_the_page():
-    page = (REPOSITORY / "docs" / "fidelity.md").read_text(encoding="utf-8")
-    for phase in ("decode", "prefill"):
-        rows = [row for row in ROW.finditer(page) if row["phase"] == phase and not row["fits"].strip()]
-        shares = [100 * float(row["measured"]) / float(row["predicted"]) for row in rows]
-        assert len(rows) >= 8
-        assert SPREADS["stated", "cuda"][phase] == Spread(int(min(shares)), -int(-max(shares) // 1))
-        ratios = [row for row in RATIO.finditer(page) if row["phase"] == phase]
-        least = min(100 / float(row["most"]) for row in ratios)
-        most = max(100 / float(row["least"]) for row in ratios)
-        assert SPREADS["measured", "cpu"][phase] == Spread(int(least), -int(-most // 1))
+def runs_on_cards():
+    """Yield the kind and the phase of each run on cards with measured ÷ predicted; receipts count one by one."""
+    predicted = {(row["run"], row["phase"]): float(row["predicted"]) for row in ROW.finditer(PAGE)}
+    cases = {(path.stem, case["case"]): case for path in FOLDER.glob("*.json") for case in read_cases(path)}
+    for run in yaml.safe_load((REPOSITORY / "benchmarks" / "published_runs.yaml").read_text(encoding="utf-8")):
+        for phase, milliseconds in run["milliseconds"].items():
+            receipts = [cases[receipt].get("generation")[SECONDS[phase]] for receipt in run.get("receipts", {}).items()]
+            measured = [1000 * seconds for seconds in receipts] or [milliseconds]
+            assert statistics.median(measured) == pytest.approx(milliseconds, rel=0.04)
+            for each in measured:
+                yield run.get("kind"), phase, each / predicted[run["name"], phase]
+
+
+def runs_on_a_cpu():
+    """Yield the same of the runs on a CPU with measured rates: of the page's table, and of `receipts/`."""
+    for row in RATIO.finditer(PAGE):
+        yield from ((None, row["phase"], 1 / float(row[end])) for end in ("least", "most"))
+    for path in (REPOSITORY / "receipts").glob("*.json"):
+        for case in read_cases(path):
+            predicted, kind = case["predicted"], "torchao Int8WeightOnlyConfig" if "torchao" in case["case"] else None
+            assert {basis["rates"] for basis in predicted["basis"].values()} == {"measured"}
+            for phase in predicted["basis"]:
+                nanoseconds = case["generation"][SECONDS[phase]] * 1e9
+                yield kind, phase, nanoseconds / predicted["prediction"][OWN[phase]]
+
+
+def read_cases(path):
+    return json.loads(path.read_text(encoding="utf-8"))["cases"]
+
+
+def test_no_run_is_outside_the_range_that_is_told_of_such_runs_nor_is_a_range_wider():
+    seen = {}
+    for rates, device, runs in (("stated", "cuda", runs_on_cards()), ("measured", "cpu", runs_on_a_cpu())):
+        for kind, phase, ratio in runs:
+            seen.setdefault((rates, device, kind), {}).setdefault(phase, []).append(100 * ratio)
+    assert {
+        kind: {phase: Spread(int(min(each)), -int(-max(each) // 1)) for phase, each in phases.items()}
+        for kind, phases in seen.items()
+    } == SPREADS
+    for (rates, _, kind), phases in SPREADS.items():
+        shown = [f"{each.least_percent} % to {each.most_percent} %" for each in (phases["decode"], phases["prefill"])]
+        assert f"| {rates} | " in PAGE
+        assert f" | {kind or 'dense weights'} | {' | '.join(shown)} | " in PAGE
+
+
+def test_every_receipt_of_the_package_to_which_a_range_applies_is_among_these_runs():
+    runs = yaml.safe_load((REPOSITORY / "benchmarks" / "published_runs.yaml").read_text(encoding="utf-8"))
+    compared = {receipt for run in runs for receipt in run.get("receipts", {}).items()}
+    for path in FOLDER.glob("*.json"):
+        for case in read_cases(path):
+            # What a plan computes on the CPU, plain transformers does not.
+            is_on_cards = "failed" not in case and (not case["compute"] or case["by"].startswith("transformers"))
+            assert ((path.stem, case["case"]) in compared) == is_on_cards
+
+
+STATED_CARD = "devices: {cuda:0: {memory: 9GiB, bandwidth: 900GB/s, flops: 9TFLOP/s}}"
+IN_4_BIT = "llama, dtype: bfloat16, quantization: {method: bitsandbytes, load_in_4bit: true, bnb_4bit_compute_dtype: "
+
+
+@pytest.mark.parametrize(
+    ("model", "cache", "said"),
+    [
+        (
+            "llama",
+            "dynamic",
+            (
+                "measured runs took 0.83 to 2.41 times the prediction for a token, 1.02 to 1.44 times for a"
+                " prefill (always slower)"
+            ),
+        ),
+        (
+            "llama",
+            "static",
+            (
+                "measured runs with `cache: static` took 0.37 to 0.38 times the prediction for a token"
+                " (always faster), 1.10 to 1.14 times for a prefill (always slower)"
+            ),
+        ),
+        (
+            IN_4_BIT + "float32}",
+            "dynamic",
+            (
+                "measured runs with bitsandbytes fp4 4 bit in float32 took 0.96 to 1.88 times"
+                " the prediction for a token, 1.09 to 10.92 times for a prefill (always slower)"
+            ),
+        ),
+        (
+            IN_4_BIT + "bfloat16}",
+            "dynamic",
+            "no run with bitsandbytes fp4 4 bit in bfloat16 was compared with such a prediction",
+        ),
+        (
+            IN_4_BIT + "float32}",
+            "offloaded",
+            "no run with bitsandbytes fp4 4 bit in float32 and `cache: offloaded` was compared with such a prediction",
+        ),
+    ],
+)
+def test_a_range_is_told_of_no_kind_of_runs_but_its_own(workspace, model, cache, said):
+    text = PROFILE.replace("HARDWARE", STATED_CARD.replace("}}", "}, cpu: {memory: 9GiB}}, links: {host: 9GB/s}"))
+    text = text.replace("STRATEGY", "single").replace("64}", f"64, cache: {cache}}}")
+    Path("p.yaml").write_text(text.replace("source: llama", f"source: {model}"))
+    shown = " ".join(run("compile", "p.yaml", "--dry-run", "--no-simulate").split())
+    assert f"these times rest on stated rates; {said}" in shown
