@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from devmap_config.devices import CPU, OFFLOADING_KIND
+from devmap_config.execution.loading import is_quantised
 from devmap_config.files import exists
 from devmap_config.graph.adapter import AdapterError, stored_names
 from devmap_config.graph.checkpoint_check import match_checkpoint
@@ -66,6 +67,20 @@ def check_compute_dtype(prepared: Prepared, sink: Sink) -> None:
         quantization.span,
         help=f"write `bnb_4bit_compute_dtype: {model.dtype}`; or `float32`, if that is meant",
     )
+
+
+def check_conversion(prepared: Prepared, sink: Sink) -> None:
+    """Report a quantization of the profile that converts no weight of the model."""
+    model, facts = prepared.model, prepared.graph.loading
+    if model.quantization is None or facts is None or not (facts.quantises and model.counts_quantized_weights):
+        return
+    if not any(is_quantised(tensor, facts) for tensor in prepared.graph.tensors.values()):
+        sink.error(
+            "bad-quantization",
+            f"{model.quantization.method.name} finds no weights to quantise in a {model.class_name}",
+            prepared.loaded.profile.model.quantization.span,
+            help="leave `quantization` out, or name another method",
+        )
 
 
 def check_cache(prepared: Prepared, sink: Sink) -> None:

@@ -13,6 +13,7 @@ from devmap_config.compatibility import (
     check_cache,
     check_checkpoint,
     check_compute_dtype,
+    check_conversion,
     check_dtype,
     check_source_of_assistant,
 )
@@ -340,6 +341,7 @@ def _prepare(lookup: Lookup, loaded: LoadedProfile, model: LoadedModel | None, s
     prepared = Prepared(loaded=loaded, inventory=inventory, model=model, resolution=resolution)
     check_dtype(prepared, sink)
     check_compute_dtype(prepared, sink)
+    check_conversion(prepared, sink)
     check_cache(prepared, sink)
     if loaded.profile.model.assistant is None:
         return prepared

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from devmap_config.quantization.arguments import reported_as_error
+from devmap_config.quantization.arguments import QuantizationError, reported_as_error
 from devmap_config.quantization.weights import linear_weights
 
 if TYPE_CHECKING:
@@ -104,6 +104,9 @@ class Method:
         lowers_budgets: the quantizer's `adjust_max_memory` takes a tenth off every budget of the planner.
         needs_accelerator: without an accelerator, transformers dequantises the checkpoint while loading.
         needs_fp8: accelerators must support fp8.
+        needs_quantized_checkpoint: transformers quantises nothing with it while loading: the quantizer demands a
+            quantised checkpoint (`requires_calibration`, and GGUF's own file), or has no operation to quantise with
+            (`get_quantize_ops`).
         offloads_buffers: transformers sets accelerate's `offload_buffers` itself (`accelerate_dispatch`).
         loading_arguments: the arguments of a checkpoint's own quantization that a profile may change
             (`get_loading_attributes`).
@@ -121,10 +124,14 @@ class Method:
     lowers_budgets: bool = False
     needs_accelerator: bool = False
     needs_fp8: bool = False
+    needs_quantized_checkpoint: bool = False
     offloads_buffers: bool = False
     loading_arguments: tuple[str, ...] = ()
     completed: Callable[[Arguments], Arguments] = lambda arguments: arguments
 
+
+QUANTISING = ("bitsandbytes", "torchao", "quanto", "fp8")
+"""The methods to recommend that quantise while loading: those whose sizes are then known, for any model."""
 
 PATCHED_MODEL_TYPES = ("llama4", "llama4_text")
 """Types of models whose experts become other modules in a quantised checkpoint
@@ -150,8 +157,14 @@ class Quantization:
         """The format of its weights, or `None` if it is unknown.
 
         Raises:
-            QuantizationError: if its arguments are invalid.
+            QuantizationError: if its arguments are invalid, or it quantises nothing while loading and must.
         """
+        if self.method.needs_quantized_checkpoint and not self.is_prequantized:
+            raise QuantizationError(
+                f"{self.method.name} quantises no weights while loading, and this checkpoint is not quantised",
+                f"name a checkpoint that {self.method.name} quantised; or a method that quantises while loading:"
+                f" {', '.join(QUANTISING)}",
+            )
         with reported_as_error(self.method.name):
             return self.method.format(self)
 

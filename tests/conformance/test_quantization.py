@@ -26,7 +26,7 @@ from devmap_config.libraries.accelerate import hooks_of
 from devmap_config.libraries.transformers import quantization_config
 from devmap_config.quantization import methods
 from devmap_config.quantization.arguments import QuantizationError
-from devmap_config.quantization.method import Quantization
+from devmap_config.quantization.method import QUANTISING, Quantization
 from devmap_config.quantization.registry import METHODS, effective_quantization, transformers_arguments
 from devmap_config.quantization.storage import PACKED_DTYPES
 from devmap_config.quantization.unsized import UNSIZED
@@ -403,13 +403,10 @@ def test_a_checkpoint_that_is_dequantised_while_loading_is_counted_dense():
 @pytest.mark.parametrize(
     "quantization",
     [
-        {"method": "hqq"},
-        {"method": "aqlm"},
+        {"method": "eetq"},
         {"method": "gptq"},
-        {"method": "awq"},
         {"method": "bitsandbytes", "load_in_8bit": True, "llm_int8_has_fp16_weight": True},
         {"method": "torchao", "quant_type": "Float8DynamicActivationFloat8WeightConfig"},
-        {"method": "compressed-tensors"},
     ],
 )
 def test_an_unknown_quantization_leaves_sizes_unchanged(quantization):
@@ -426,6 +423,7 @@ def test_an_unknown_quantization_leaves_sizes_unchanged(quantization):
         {"method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": ["nf4"]},
         {"method": "bitsandbytes", "load_in_8bit": True, "llm_int8_skip_modules": "lm_head"},
         {"method": "torchao"},
+        {"method": "torchao", "quant_type": "int8_weight_only"},
         {"method": "torchao", "quant_type": {"default": {"_type": "Int4WeightOnlyConfig", "_data": {"group_size": 0}}}},
         {"method": "quanto", "weights": "int5"},
         {"method": "quanto", "weights": ["int8"]},
@@ -530,6 +528,37 @@ def test_every_quantization_method_of_transformers_is_known_by_its_name():
     assert len(METHODS) == len(SIZED) + len(UNSIZED)
     page = (REPOSITORY / "docs" / "quantization.md").read_text().lower()
     assert [name for name in SIZED if name not in page] == []
+
+
+def test_methods_that_quantise_nothing_while_loading_are_those_of_transformers():
+    """A calibration is required, or the quantizer has no operation for weights that it says need quantization."""
+    from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+    from transformers.quantizers.base import HfQuantizer
+
+    quantizers = {**AUTO_QUANTIZER_MAPPING, "bitsandbytes": AUTO_QUANTIZER_MAPPING["bitsandbytes_4bit"]}
+    for name, method in METHODS.items():
+        quantizer = quantizers[name]
+        wants = quantizer.param_needs_quantization is not HfQuantizer.param_needs_quantization
+        cannot = quantizer.get_quantize_ops is HfQuantizer.get_quantize_ops
+        assert method.needs_quantized_checkpoint == (quantizer.requires_calibration or (wants and cannot)), name
+        quantization = effective_quantization({"method": name}, {})
+        if method.needs_quantized_checkpoint:
+            with pytest.raises(QuantizationError, match="quantises no weights while loading") as raised:
+                quantization.format()
+            assert all(not METHODS[each].needs_quantized_checkpoint for each in QUANTISING)
+            assert raised.value.help.endswith(", ".join(QUANTISING))
+        prequantized = {"quantization_config": {"quant_method": name, "load_in_4bit": True, "quant_type": "AnyConfig"}}
+        effective_quantization(None, prequantized).format()
+
+
+def test_torchaos_config_is_completed_as_torchao_wants_it():
+    whole = {"_type": "Int8WeightOnlyConfig", "_version": 2, "_data": {}}
+    for said in ("Int8WeightOnlyConfig", {"default": "Int8WeightOnlyConfig"}, {"_type": "Int8WeightOnlyConfig"}, whole):
+        arguments = transformers_arguments({"method": "torchao", "quant_type": said})
+        assert arguments == {"quant_method": "torchao", "quant_type": {"default": whole}}
+    with pytest.raises(QuantizationError) as raised:
+        effective_quantization({"method": "torchao", "quant_type": "int8_weight_only"}, {}).format()
+    assert raised.value.help == "write `quant_type: Int8WeightOnlyConfig`"
 
 
 def test_methods_that_lower_the_planners_budgets_are_those_of_transformers():

@@ -39,4 +39,5 @@ METHOD = Method(
     copies=lambda _, itemsize: Copies(multiplying=itemsize),
     source="gptqmodel's torch kernel and its GEMM kernel in prefill; Marlin and ExLlama do not",
     loading_arguments=("backend",),
+    needs_quantized_checkpoint=True,
 )

@@ -90,4 +90,5 @@ METHOD = Method(
     details=lambda _: "dense from the first forward on",
     source="weights are dense from the first forward on, and counted so",
     loading_arguments=("dequantize", "use_optimized_inference"),
+    needs_quantized_checkpoint=True,
 )

@@ -48,13 +48,18 @@ def _format(quantization: Quantization) -> Format | None:
 
 
 def _config(value: Any) -> dict[str, Any]:
-    """Return a torchao config in torchao's form, from that form or from only the name of its class."""
-    if isinstance(value, str):
-        return {"_type": value, "_version": 2, "_data": {}}
+    """Return a torchao config in torchao's form, from that form, in which `_data` and `_version` may be left out, or
+    from only the name of its class.
+    """
     if isinstance(value, dict):
         value = value.get("default", value)
-        if isinstance(value, dict) and isinstance(value.get("_type"), str):
-            return value
+    if isinstance(value, str):
+        value = {"_type": value}
+    if isinstance(value, dict) and isinstance(name := value.get("_type"), str):
+        if name.endswith("Config"):
+            return {"_version": 2, "_data": {}, **value}
+        class_name = "".join(word[:1].upper() + word[1:] for word in name.split("_")) + "Config"
+        raise QuantizationError(f"`{name}` is not the name of a class of torchao", f"write `quant_type: {class_name}`")
     raise QuantizationError("torchao takes `quant_type`", "such as `quant_type: Int8WeightOnlyConfig`")
 
 
