@@ -151,9 +151,8 @@ def _table(rows: list[Row]) -> Iterator[Table | str]:
         yield "the profile names no workload: only the model's weights are counted"
     rates = {basis: None for row in rows for compiled in row.plans.values() for basis in _rates(compiled)}
     if len(rates) == 1:
-        yield f"these times rest on {next(iter(rates))} rates"
-    if any(_is_always_slower(compiled) for row in rows for compiled in row.plans.values()):
-        yield "measured prefills always took longer than predicted: `devmap compile` shows by how much"
+        is_slower = any(_is_always_slower(compiled) for row in rows for compiled in row.plans.values())
+        yield f"these times rest on {next(iter(rates))} rates{f'; {SLOWER}' if is_slower else ''}"
     if any(map(_holds_uncounted, (compiled for row in rows for compiled in row.plans.values()))):
         base = format_bytes(PROCESS_ANONYMOUS_BYTES)
         yield f"of the CPU's memory, tensors are counted: Python and the libraries hold {base} or more besides"
@@ -166,12 +165,17 @@ def _table(rows: list[Row]) -> Iterator[Table | str]:
             yield f"{row.machine} does not fit: {row.reason}"
         for aim, compiled in row.plans.items():
             bases = [f"its times rest on {' and '.join(_rates(compiled))} rates"] if len(rates) > 1 else []
+            bases += [SLOWER] if bases and _is_always_slower(compiled) else []
             if remarks := [*_remarks(compiled), *bases]:
                 yield f"{row.machine}{'' if aim == 'both' else f', {aim}'}: {', '.join(remarks)}"
         if row.other is not None:
             yield f"{row.machine} suits {row.other.name} better{_by(row.other)}: {row.other.reason}"
     if any(row.other is not None and row.other.name == "vLLM" for row in rows):
         yield "no predicted time of vLLM was compared with a card"
+
+
+SLOWER = "measured prefills were slower"
+"""Says that every measured prefill with which predictions of this kind were compared took longer than predicted."""
 
 
 def _passed_over(row: Row) -> Iterator[str]:

@@ -463,6 +463,7 @@ def _warn(loaded: LoadedProfile, model: LoadedModel, permissions: Permissions, s
             "quantization-not-measured",
             "the plan counts the weights as they are before quantization: it is an upper bound",
             loaded.profile.model.quantization.span,
+            help="nothing needs to change: the plan leaves room; docs/quantization.md lists what is counted exactly",
         )
     if graph.unread is not None:
         report_unread(graph, graph.unread, loaded.profile.model.source.span, sink, allowed=allowed)

@@ -8,6 +8,7 @@ on the meta device.
 from __future__ import annotations
 
 import json
+import re
 from contextlib import ExitStack
 from pkgutil import iter_modules
 
@@ -526,8 +527,29 @@ def test_every_quantization_method_of_transformers_is_known_by_its_name():
     assert list(METHODS) == sorted(method.value for method in QuantizationMethod)
     assert sorted(file.name.replace("_", "-") for file in iter_modules(methods.__path__)) == SIZED
     assert len(METHODS) == len(SIZED) + len(UNSIZED)
-    page = (REPOSITORY / "docs" / "quantization.md").read_text().lower()
-    assert [name for name in SIZED if name not in page] == []
+
+
+def test_the_page_says_which_methods_are_counted_from_a_profile_and_which_from_a_config():
+    group = {"weights": {"num_bits": 4, "strategy": "group", "group_size": 128}}
+    arguments = {
+        "bitsandbytes": {"load_in_4bit": True},
+        "torchao": {"quant_type": {"default": {"_type": "Int8WeightOnlyConfig"}}},
+        "compressed-tensors": {
+            "config_groups": {"group_0": group},
+            "format": "pack-quantized",
+            "quantization_status": "compressed",
+        },
+    }
+    page = (REPOSITORY / "docs" / "quantization.md").read_text(encoding="utf-8")
+    for name in SIZED:
+        told = []
+        for is_prequantized in (False, True):
+            quantization = Quantization(METHODS[name], arguments.get(name, {}), is_prequantized=is_prequantized)
+            try:
+                told.append("no" if quantization.format() is None else "yes")
+            except QuantizationError:
+                told.append("error")
+        assert re.search(rf"^\| {name} \| {told[0]}\b.* \| {told[1]}\b.* \|$", page, re.MULTILINE), (name, told)
 
 
 def test_methods_that_quantise_nothing_while_loading_are_those_of_transformers():

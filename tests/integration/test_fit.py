@@ -64,10 +64,10 @@ def test_fit_gives_a_row_for_each_machine():
 def test_fit_states_the_basis_of_its_times():
     measured = re.sub(r"[TG]B/s|TFLOP/s", r"\g<0> measured", SMALL_BOX) + "  host: {dispatch: 4us measured}\n"
     Path("measured.yaml").write_text(measured)
-    assert "these times rest on stated rates" in shown("h100-sxm")
+    assert "these times rest on stated rates; measured prefills were slower" in shown("h100-sxm")
     assert "rest on" not in shown("24GiB")
     output = " ".join(shown("h100-sxm", "measured.yaml").split())
-    assert "h100-sxm: its times rest on stated rates" in output
+    assert "h100-sxm: its times rest on stated rates, measured prefills were slower" in output
     assert "measured.yaml, speed: 2 of 3 devices are used, its times rest on measured rates" in output
     [row], _ = fit("h100-sxm")
     assert row["basis"]["decode"]["rates"] == "stated"
