@@ -139,10 +139,23 @@ def check_quantizer(stored_on: Mapping[str, Device], prepared: Prepared, sink: S
 
 
 def check_adapter(prepared: Prepared, sink: Sink) -> None:
-    """Report an adapter whose file, if it is at hand, lacks what its config adds to the model."""
+    """Report targets of an adapter that the model does not have, and a file that lacks what the config adds."""
     model, adapter = prepared.model, prepared.loaded.profile.model.adapter
     if model.adapter is None or adapter is None:
         return
+    targets = model.adapter.config.targets
+    unknown = [
+        f"`{name}`"
+        for name in (() if isinstance(targets, str) else targets)
+        if not any(f".{path}".endswith(f".{name}") for path in model.graph.modules)
+    ]
+    if unknown:
+        sink.warning(
+            "ignored-key",
+            f"the adapter's `target_modules` name {', '.join(unknown)}, and {model.class_name} has no such module",
+            adapter.source.span,
+            help="PEFT ignores such names; if one is misspelt, correct it in `adapter_config.json`",
+        )
     try:
         stored_names(model.adapter, model.graph, must_be_there=False)
     except AdapterError as error:

@@ -134,7 +134,7 @@ class _Adoption:
     def _report_refused(self, names: Collection[TensorName]) -> None:
         for key, modules in self._modules_by_key(names):
             taken = (
-                f"; while loading, it counts `{key}` as its key, as it compares only the beginning of names"
+                f"; while loading, `{key}` takes it, as transformers compares only the beginning of names"
                 if key
                 else ""
             )

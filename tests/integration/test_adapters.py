@@ -140,6 +140,20 @@ def test_a_changed_adapter_config_makes_the_lock_stale(capsys):
     assert "the adapter's config changed" in capsys.readouterr().err
 
 
+def test_targets_that_no_module_has_are_named(capsys):
+    adapted(target_modules=["q_proj"])
+    config = json.loads(Path("adapter/adapter_config.json").read_text())
+    targets = ["q_proj", "k_prj", "self_attn.v_proj", "c_attn"]
+    Path("adapter/adapter_config.json").write_text(json.dumps({**config, "target_modules": targets}))
+    Path("adapter/adapter_model.safetensors").unlink()
+    write_profile(IN_MEMORY)
+    assert devmap("compile", "profile.yaml", "--dry-run", "--no-simulate") == 0
+    told = " ".join(capsys.readouterr().err.split())
+    assert (
+        "warning[ignored-key]: the adapter's `target_modules` name `c_attn`, `k_prj`, and LlamaForCausalLM has" in told
+    )
+
+
 def test_an_adapter_compiles_without_peft_and_loading_without_it_is_an_error(monkeypatch):
     adapted(target_modules=["q_proj"])
     write_profile(IN_MEMORY)

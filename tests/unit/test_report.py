@@ -339,9 +339,9 @@ def test_a_large_group_is_drawn_as_one_device_of_many(data):
         assert [bar.name for bar in bars] == [use["id"].removeprefix("left/") for use in drawn]
 
 
-def test_alternatives_are_those_of_the_whole_block(data):
+def test_alternatives_of_a_split_block_are_those_of_its_part(data):
     [report] = data["reports"]
-    text = page_of([report], version="1")
     part = next(run_ for run_ in report["runs"] if run_["mode"] == "computed-on-cpu")
-    assert (part["first"], part["block"]) == ("model.layers.5.mlp", "model.layers.5")
-    assert "<code>model.layers.5</code> elsewhere, with all else unchanged" in text
+    assert (part["first"], part["block"]) == ("model.layers.5.mlp", "model.layers.5.mlp")
+    assert part["alternatives"]
+    assert "cpu" not in [str(other["location"]["runs_on"]) for other in part["alternatives"]]
