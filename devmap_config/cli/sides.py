@@ -74,7 +74,11 @@ def _side(text: str, other: str, permissions: Permissions) -> Side:
         return locked_side(text, _lock_at_revision(revision, Path(inside), text))
     if exists(Path(other)) and not text.endswith((".yaml", ".yml", ".json")):
         return locked_side(text, _lock_at_revision(text, Path(other), text))
-    raise _refused("missing-file", f"`{text}` does not exist", "name a profile, a lock, or a git revision beside one")
+    raise _refused(
+        "missing-file",
+        f"`{text}` does not exist",
+        "name a profile, a lock, or a git revision beside one; for two revisions, `REVISION:PROFILE` twice",
+    )
 
 
 def compiled_side(name: str, compiled: Compiled, notes: tuple[Diagnostic, ...] = ()) -> Side:
@@ -133,7 +137,11 @@ def _lock_at_revision(revision: str, file: Path, text: str) -> Lock:
         raise _refused("too-large", f"`{path}` at `{revision}` is larger than {LOCK.max_bytes:,} bytes", None)
     content = _git(path.parent, "cat-file", "blob", blob)
     if content is None:
-        raise _refused("missing-lock", f"`{path}` is not in git at `{revision}`", "name a later revision")
+        raise _refused(
+            "missing-lock",
+            f"`{path}` is not in git at `{revision}`",
+            f"name a later revision or, if it had another name, `{revision}:PATH`",
+        )
     try:
         return read_lock(content)
     except LockError as error:

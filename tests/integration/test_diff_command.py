@@ -71,6 +71,11 @@ def test_diff_prints_markdown_tables(repository):
         assert len({line.count("|") for line in table.splitlines()}) == 1, table
 
 
+def test_two_revisions_are_compared(repository):
+    done = devmap("diff", "HEAD~1:profiles/x.yaml", "HEAD:profiles/x.yaml")
+    assert (done.returncode, "model.layers.[4-5]" in done.stdout) == (3, True), done.stderr
+
+
 def test_diff_compiles_a_changed_profile_anew(repository):
     repository.write_text(repository.read_text().replace("[4-5]", "[3-5]"))
     done = devmap("diff", "profiles/x.lock.json", "profiles/x.yaml")
@@ -86,8 +91,8 @@ def test_diff_compiles_a_changed_profile_anew(repository):
     [
         ("HEAD~7", "neither a file nor a git revision"),
         ("--output=x", "No such option"),
-        ("HEAD:nothing.yaml", "is not in git"),
-        ("nothing.yaml", "does not exist"),
+        ("HEAD:nothing.yaml", "if it had another name, `HEAD:PATH`"),
+        ("nothing.yaml", "for two revisions, `REVISION:PROFILE` twice"),
         ("llama/config.json", "is not a lock"),
     ],
 )
