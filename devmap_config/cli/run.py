@@ -93,7 +93,7 @@ def run(
         if not no_generate and random_weights:
             shows = demonstrator_of_plan(deployment.request, workload, measurement, sink, max_new_tokens=max_new_tokens)
         elif not no_generate:
-            shows = demonstrator(deployment.request, workload, given, sink, max_new_tokens=max_new_tokens)
+            shows = demonstrator(deployment.request, workload, measurement, given, sink, max_new_tokens=max_new_tokens)
         if random_weights:
             deployment = click.get_current_context().with_resource(
                 randomly_weighted(deployment, options, asks_machine=not no_probe)

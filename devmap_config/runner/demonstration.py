@@ -11,7 +11,13 @@ from devmap_config.graph.costs import LEAST_WORDS
 from devmap_config.libraries.panics import panics_raised
 from devmap_config.libraries.remote_code import code_of_models
 from devmap_config.runner.caches import cache_arguments
-from devmap_config.runner.context import PlannedContext
+from devmap_config.runner.context import (
+    PlannedContext,
+    planned_media,
+    require_room_for_inputs,
+    require_room_for_media,
+    require_room_for_sound,
+)
 from devmap_config.runner.generation_times import GenerationWorkload, ignore_stop_strings, measure_generation
 from devmap_config.runner.heads import Output, output_of
 from devmap_config.runner.inputs import (
@@ -74,6 +80,7 @@ class Demonstrator:
         processor: transformers' processor; `None` if only text is given.
         tokenizer: the tokenizer; `None` if none can be used, so that the tokens of `made_up` replace text.
         context: the tokens that the plan has room for.
+        planned: the workload whose images and sound are the most that it has room for; `None` if that is not known.
         writes_all: generate as much as allowed, ignoring end tokens, as with random weights.
     """
 
@@ -81,6 +88,7 @@ class Demonstrator:
     sink: Sink
     tokenizer: Any
     context: PlannedContext
+    planned: WorkloadShape | None = None
     processor: Any = None
     max_new_tokens: int | None = None
     made_up: MadeUp = ONE_TEXT
@@ -118,7 +126,10 @@ class Demonstrator:
 
     def _inputs(self, model: PreTrainedModel, given: UserInput, encoder: SentenceEncoder | None) -> ModelInputs:
         if given.has_media:
-            return media_inputs(type(model), self.processor, self.tokenizer, given)
+            inputs = media_inputs(type(model), self.processor, self.tokenizer, given)
+            if self.planned is not None:
+                require_room_for_inputs(planned_numbers(model, self.planned), inputs)
+            return inputs
         if self.tokenizer is None and not given.messages:
             return made_up_inputs(model, self.made_up)
         if encoder is not None:
@@ -216,7 +227,13 @@ def numbers_planned(model: PreTrainedModel, request: LoadRequest, workload: Work
 
 
 def demonstrator(
-    request: LoadRequest, workload: Workload, given: UserInput, sink: Sink, *, max_new_tokens: int | None = None
+    request: LoadRequest,
+    workload: Workload,
+    measurement: Measurement | None,
+    given: UserInput,
+    sink: Sink,
+    *,
+    max_new_tokens: int | None = None,
 ) -> Demonstrator:
     """Return the demonstrator of a model that is about to be loaded, after checking that it takes the input.
 
@@ -224,6 +241,11 @@ def demonstrator(
         RunnerError: if it does not, the plan has no room for the input, or the checkpoint has nothing to make it with.
     """
     model_class = require_fit_class(request, given)
+    planned = planned_media(measurement, model_class)
+    if planned is not None:
+        require_room_for_media(planned, images=len(given.images), sounds=len(given.sounds))
+        for sound in given.sounds:
+            require_room_for_sound(planned, sound)
     with running(request):
         tokenizer = load_tokenizer(request, sink)
         processor = None
@@ -244,6 +266,7 @@ def demonstrator(
         sink=sink,
         tokenizer=tokenizer,
         context=PlannedContext.of(workload),
+        planned=planned,
         processor=processor,
         max_new_tokens=max_new_tokens,
     )

@@ -10,8 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 from devmap_config.files import FileError
 from devmap_config.profile.schema import MOST_PIXELS
+from devmap_config.runner.context import (
+    PLAN_MEDIA,
+    require_room_for_inputs,
+    require_room_for_media,
+    require_room_for_sound,
+)
 from devmap_config.runner.demonstration import numbers_planned, running
-from devmap_config.runner.inputs import media_inputs, numbers_of_media, takes_images, takes_sound
+from devmap_config.runner.inputs import media_inputs, takes_images, takes_sound
 from devmap_config.runner.loading import RunnerError
 from devmap_config.runner.media import image_of, require_pillow, sound_of
 from devmap_config.runner.processors import load_processor
@@ -34,8 +40,6 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF")
 MARKS = ("image_token", "boi_token", "audio_token", "video_token")
 """The attributes of processors for the marks of images and sound in a text."""
 
-NOT_PLANNED = "write `workload.inputs` into the profile, and compile again"
-
 
 @dataclass(frozen=True, kw_only=True)
 class MediaReader:
@@ -50,7 +54,7 @@ class MediaReader:
 
     planned: WorkloadShape | None = None
     processor: Any = None
-    reason: str | None = f"none are planned: {NOT_PLANNED}"
+    reason: str | None = f"none are planned: {PLAN_MEDIA}"
     most_numbers: int = 0
 
     def of_model(self, model: PreTrainedModel, request: LoadRequest) -> MediaReader:
@@ -81,37 +85,34 @@ class MediaReader:
             RunnerError: if the processor or the chat template does not take them.
         """
         name, planned = model_class.__name__, self.planned
-        for what, urls, is_taken, most in (
-            ("images", asked.images, takes_images(model_class), planned.images if planned else 0),
-            ("sounds", asked.sounds, takes_sound(model_class), 1 if planned and planned.audio_seconds else 0),
+        for what, urls, is_taken in (
+            ("images", asked.images, takes_images(model_class)),
+            ("sounds", asked.sounds, takes_sound(model_class)),
         ):
             if not urls:
                 continue
             place = next(iter(urls))
             if not is_taken:
                 raise _refusal(place, f"{name} takes no {what}")
-            if self.reason is not None:
+            if planned is None or self.reason is not None:
                 raise _refusal(place, f"no {what} are taken: {self.reason}")
-            if len(urls) > most:
-                raise _refusal(place, f"there are {len(urls)} {what}, and the plan has room for {most}")
+            with _refusing_field(place):
+                require_room_for_media(planned, **{what: len(urls)})
         images = tuple(_image(place, url, MOST_PIXELS // len(asked.images)) for place, url in asked.images.items())
         sounds = tuple(self._sound(place, data) for place, data in asked.sounds.items())
         given = replace(asked.given, images=images, sounds=sounds)
         inputs = media_inputs(model_class, self.processor, tokenizer, given)
-        if (numbers := numbers_of_media(inputs)) > self.most_numbers:
-            raise RequestError(
-                f"as the model is given them, the images and sounds are {numbers / self.most_numbers:.3g} times as"
-                " large as planned: make them smaller, or plan for larger ones",
-                param=asked.given_by,
-            )
+        try:
+            require_room_for_inputs(self.most_numbers, inputs)
+        except RunnerError as error:
+            raise RequestError(f"{error}: {error.help}", param=asked.given_by) from None
         return inputs
 
     def _sound(self, place: str, data: str) -> Sound:
         with _refusing_field(place):
             sound = sound_of(_decoded(data))
-        most_seconds = 0 if self.planned is None else self.planned.audio_seconds
-        if sound.seconds > most_seconds:
-            raise _refusal(place, f"it takes {sound.seconds:,.1f} s, and the plan has room for {most_seconds:,}")
+            if self.planned is not None:
+                require_room_for_sound(self.planned, sound)
         return sound
 
 
@@ -152,9 +153,11 @@ def _decoded(data: str) -> bytes:
 
 @contextmanager
 def _refusing_field(place: str) -> Iterator[None]:
-    """Turn errors of reading the content of a field into a refusal of that field."""
+    """Turn errors of reading the content of a field, or of its size, into a refusal of that field."""
     try:
         yield
+    except RunnerError as error:
+        raise _refusal(place, str(error)) from None
     except FileError as error:
         raise RequestError(f"`{place}` {error}: {error.help}", param=place) from None
 

@@ -319,10 +319,11 @@ def test_chat_with_an_encoder_is_an_error(workspace):
     assert (code, "BertForMaskedLM writes no text" in message) == ("unfit-input", True)
 
 
-def plan_context(**lengths):
+def plan_context(**workload):
     """Plan a context in the profile, and compile it."""
     profile = Path("profile.yaml")
-    profile.write_text(f"{profile.read_text()}workload: {json.dumps(lengths)}\n")
+    before, _, _ = profile.read_text().partition("workload: ")
+    profile.write_text(f"{before}workload: {json.dumps(workload)}\n")
     assert compile_command.main(["profile.yaml", "-q"], standalone_mode=False) == 0
 
 
@@ -459,6 +460,23 @@ def test_image_tokens_are_marked_by_token_types(image, monkeypatch):
     assert given["token_type_ids"].sum() == 4
 
 
+def test_images_beyond_the_plan_are_refused(image, monkeypatch):
+    model, processor = llava()
+    saved(model, processor)
+    plan_context(context_length=24)
+    with monkeypatch.context() as patched:
+        patched.setattr(runner, "load", lambda *arguments: pytest.fail("it was loaded"))
+        code, message = refused("--image", "image.png", "--prompt", "who")
+    assert (code, message) == ("beyond-context", "there is 1 image, and the plan has room for none")
+    assert value("--prompt", "who")["tokens"]
+    plan_context(context_length=24, inputs={"images": 1})
+    assert value("--image", "image.png", "--prompt", "who")["tokens"]
+    processor.image_processor.size = {"height": 48, "width": 48}
+    processor.save_pretrained("random")
+    code, message = refused("--image", "image.png", "--prompt", "who")
+    assert (code, "are 2.25 times as large as planned" in message) == ("beyond-context", True)
+
+
 def test_the_code_of_a_processor_is_not_run(image):
     saved(ViTForImageClassification(ViTConfig(**VISION, **SMALL_IMAGE)))
     Path("random/code.py").write_text("open('it-ran', 'w')\nclass Other: pass\n")
@@ -553,11 +571,22 @@ def test_sound_of_another_sampling_rate_is_resampled(sound):
     assert [each["score"] for each in second] == pytest.approx([each["score"] for each in first], abs=0.01)
 
 
+def test_sound_beyond_the_plan_is_refused(sound):
+    saved(Wav2Vec2ForSequenceClassification(Wav2Vec2Config(**SPEECH)), Wav2Vec2FeatureExtractor())
+    plan_context(context_length=8)  # by formulas, and it is not known how much sound they have room for
+    labels = value("--audio", "sound.wav")["output"]
+    plan_context(context_length=8, inputs={"audio_seconds": 1})
+    assert value("--audio", "sound.wav")["output"] == labels
+    write_wave("long.wav", bytes(2 * RATE), rate=RATE // 2)
+    message = "the sound takes 2.0 s, and the plan has room for 1"
+    assert refused("--audio", "long.wav") == ("beyond-context", message)
+
+
 @pytest.mark.parametrize(
     ("place", "value", "says"),
     [(34, 40, "has samples of 40 bits"), (34, 64, "has samples of 64 bits"), (17, 1, "it ends too early")],
 )
-def test_sound_that_cannot_be_read_is_a_mistake_of_the_command_line(sound, place, value, says):
+def test_sound_that_cannot_be_read_is_a_usage_error(sound, place, value, says):
     frames = bytearray(Path("sound.wav").read_bytes())
     frames[place] = value  # the bits of a sample, or the size of the chunk that describes them
     Path("sound.wav").write_bytes(frames)

@@ -188,7 +188,7 @@ def test_sound_is_accepted_up_to_the_planned_length():
         assert inputs.tensors["input_features"].shape == (1, 16, 100)
         assert inputs.prompt_tokens > 5
     for parts, says in (
-        ([sound_part(1.5)], "it takes 1.5 s, and the plan has room for 1"),
+        ([sound_part(1.5)], "the sound takes 1.5 s, and the plan has room for 1"),
         ([sound_part(1, rate=1)] * 2, "there are 2 sounds, and the plan has room for 1"),
         ([sound_part(0)], "holds no sound"),
         ([sound_part(1, bits=64)], "samples of 64 bits, and at most 32 can be read"),
