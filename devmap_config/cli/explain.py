@@ -308,17 +308,33 @@ def _reasons(compiled: Compiled, name: str) -> Iterator[str]:
 
 def _place_of_cache(compiled: Compiled, name: str) -> Iterator[str]:
     """Yield the place of the cache of a module's block, and the cost of its other place, if the plan decides it."""
-    from devmap_config.plan.explanation import block_of, other_cache
+    from devmap_config.plan.explanation import block_of, modules_with_either_cache, other_cache
 
     plan, graph, block = compiled.plan, compiled.graph, block_of(compiled.graph, name)
+    modules = modules_with_either_cache(plan, graph, block)
+    offloaded = [module for module in modules if module in (plan.offloaded_caches or ())]
+    if offloaded and len(offloaded) < len(modules):
+        resident = [module for module in modules if module not in offloaded]
+        yield f"The cache of {_folded(offloaded)} is on the CPU while {_it_or_they(offloaded, 'does', 'do')} not run."
+        yield f"The cache of {_folded(resident)} is on the device on which {_it_or_they(resident, 'runs', 'run')}."
+        return
     other = other_cache(plan, graph, compiled.inventory, block)
     if other is None:
         return
-    is_offloaded = any(path == block or path.startswith(f"{block}.") for path in plan.offloaded_caches or ())
-    here, places = "on the CPU while it does not run", "on the device on which it runs"
-    where, elsewhere = (here, places) if is_offloaded else (places, here)
+    on_cpu, on_device = "on the CPU while it does not run", "on the device on which it runs"
+    where, elsewhere = (on_cpu, on_device) if offloaded else (on_device, on_cpu)
     costs = _costs(other, "a token" if graph.decodes else "a prefill")
     yield f"The cache of `{block}` is {where}. If it were {elsewhere}, with all else unchanged: {costs}."
+
+
+def _it_or_they(modules: list[str], singular: str, plural: str) -> str:
+    return f"it {singular}" if len(modules) == 1 else f"they {plural}"
+
+
+def _folded(modules: list[str]) -> str:
+    from devmap_config.rules.folding import fold_paths
+
+    return ", ".join(f"`{pattern}`" for pattern in fold_paths(modules))
 
 
 def why(compiled: Compiled, name: str) -> Iterator[str]:

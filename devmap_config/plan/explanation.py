@@ -139,21 +139,36 @@ def alternatives(plan: Plan, graph: ModelGraph, inventory: Inventory, block: str
     return tuple(alternatives)
 
 
+def modules_with_either_cache(plan: Plan, graph: ModelGraph, path: str) -> tuple[str, ...]:
+    """Return the modules within a path whose cache the plan has put on the CPU or on the accelerator that runs them."""
+    if plan.offloaded_caches is None or graph.measurement is None:
+        return ()
+    holding = (cost.path for cost in graph.measurement.modules if cost.offloaded_bytes and is_within(cost.path, path))
+    return tuple(module for module in holding if _runs_on_accelerator(plan, module))
+
+
+def _runs_on_accelerator(plan: Plan, module: str) -> bool:
+    return any(
+        assignment.location.runs_on.is_accelerator
+        for assignment in plan.assignments
+        if is_within(module, assignment.unit) or is_within(assignment.unit, module)
+    )
+
+
 def other_cache(plan: Plan, graph: ModelGraph, inventory: Inventory, block: str) -> Alternative | None:
     """Return the other place of a block's cache: the CPU if it stays on the device in this plan, or the other way
     round.
 
-    Return `None` if the plan does not decide that, or there is no other place.
+    Return `None` if the plan does not decide that, there is no other place, or the cache is in both.
     """
     if plan.offloaded_caches is None or graph.measurement is None:
         return None
-    holding = [cost.path for cost in graph.measurement.modules if cost.offloaded_bytes]
-    own = {path for path in holding if is_within(path, block)}
+    own, now = set(modules_with_either_cache(plan, graph, block)), set(plan.offloaded_caches)
     inside = [assignment.location for assignment in plan.assignments if is_within(assignment.unit, block)]
-    if not own or not any(location.runs_on.is_accelerator for location in inside):
+    if not own or (own & now and own - now):
         return None
-    now = set(plan.offloaded_caches)
-    then = now - own if now & own else now | own
+    then = now ^ own
+    holding = (cost.path for cost in graph.measurement.modules if cost.offloaded_bytes)
     executor = replace(plan.executor, offloaded_caches=tuple(path for path in holding if path in then))
     capacities = {use.id: use.capacity_bytes for use in plan.devices}
     moved = replace(plan, executor=executor, devices=device_uses(graph, plan.assignments, capacities, executor))

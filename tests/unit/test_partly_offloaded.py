@@ -127,6 +127,25 @@ def test_the_plan_lists_offloaded_caches_and_counts_their_bytes():
             assert f"The cache of `{layer}` is on the device on which it runs." in explained
             assert other.slower_nanoseconds > 0
             assert other.full_device is None
+    explained = " ".join(run("explain", "p.yaml", "model").output.split())
+    last = LAYERS - len(offloaded) - 1
+    assert list(offloaded) == [f"model.layers.{index}.self_attn" for index in range(last + 1, LAYERS)]
+    assert f"The cache of `model.layers.[{last + 1}-9].self_attn` is on the CPU while they do not run." in explained
+    assert f"The cache of `model.layers.[0-{last}].self_attn` is on the device on which they run." in explained
+
+
+def test_a_cache_of_attention_that_computes_on_the_cpu_has_no_other_place():
+    pins = "pins: [{match: model.layers.9.self_attn, device: cpu, compute: cpu}]"
+    text = written(memory="8MiB").read_text().replace("fastest", f"fastest, {pins}")
+    Path("p.yaml").write_text(
+        text.replace("cpu: {memory: 1GiB", "cpu: {memory: 1GiB, bandwidth: 1GB/s, flops: 1TFLOP/s")
+    )
+    found = run_pipeline(Request(path=Path("p.yaml")))
+    assert isinstance(found, Compiled), found.diagnostics
+    runs_on = {assignment.unit: assignment.location.runs_on for assignment in found.plan.assignments}
+    assert (runs_on["model.layers.9.self_attn"], runs_on["model.layers.9.mlp"]) == (CPU, Device("cuda", 0))
+    assert other_cache(found.plan, found.graph, found.inventory, "model.layers.8") is not None
+    assert other_cache(found.plan, found.graph, found.inventory, "model.layers.9") is None
 
 
 def test_the_lock_keeps_the_offloaded_caches():
