@@ -15,6 +15,8 @@ from devmap_config.plan.remedies import MOST_GIBIBYTES, impasse_of
 from devmap_config.plan.trials import ProfileChange
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from devmap_config.devices import Device
     from devmap_config.diagnostics.diagnostic import Sink, Span
     from devmap_config.placement.problem import Problem
@@ -107,11 +109,7 @@ def _report_impasse(infeasible: Infeasible, problem: Problem, prepared: Prepared
     impasse, quantization = impasse_of(problem, prepared, trials), prepared.model.quantization
     pinned = set(problem.pinned.values())
     refused = [device for device in problem.refused if problem.accelerators and device not in pinned]
-    listed = ", ".join(
-        f"{device} ({format_bytes(size_bytes)})"
-        for device, size_bytes in problem.capacities.items()
-        if device not in refused
-    )
+    listed = _listed(problem, prepared, [device for device in problem.capacities if device not in refused])
     if kept_off := [device for device in problem.capacities if device in refused]:
         method = quantization.method.name if quantization is not None else "quantization"
         listed += f" ({method} loads nothing onto {' or '.join(map(str, kept_off))})"
@@ -134,6 +132,17 @@ def _report_impasse(infeasible: Infeasible, problem: Problem, prepared: Prepared
         help=help,
         related=tuple(Related(message="with this one", span=span) for span in others),
     )
+
+
+def _listed(problem: Problem, prepared: Prepared, devices: Iterable[Device]) -> str:
+    """Return the devices with their capacities, of which loading or a dry run may have claimed a part."""
+
+    def room(device: Device) -> str:
+        size_bytes = problem.capacities[device]
+        size, whole = format_bytes(size_bytes), format_bytes(prepared.capacities.get(device, size_bytes))
+        return size if size == whole else f"{size} of {whole}: loading or running needs the rest"
+
+    return ", ".join(f"{device} ({room(device)})" for device in devices)
 
 
 def _report_forbidden(infeasible: Infeasible, prepared: Prepared, sink: Sink) -> None:
@@ -174,7 +183,7 @@ def _cause(problem: Problem) -> str:
 def _report_unplaced(
     infeasible: Infeasible, shortage: Shortage, problem: Problem, prepared: Prepared, trials: Trials, sink: Sink
 ) -> None:
-    listed = ", ".join(f"{device} ({format_bytes(capacity)})" for device, capacity in problem.capacities.items())
+    listed = _listed(problem, prepared, problem.capacities)
     missing_bytes = sum(least_bytes(problem).values()) - sum(problem.capacities.values())
     if missing_bytes <= 0:
         missing = format_exact_bytes(shortage.missing_bytes)

@@ -1,9 +1,11 @@
 """Plans are made again if loading lacks room: a limited number of times, however little each attempt gains."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
+from conftest import LLAMA
 
 from devmap_config.compiler import Request, run_pipeline
 from devmap_config.plan import attempts
@@ -52,3 +54,25 @@ def test_each_attempt_leaves_less_room_if_the_plan_does_not_change(strategy, wor
     monkeypatch.setattr(attempts, "place", counting)
     (finding,) = run_pipeline(Request(path=Path("profile.yaml"))).diagnostics
     assert (finding.code, made > 1) == ("over-capacity", True)
+
+
+CPU_BESIDE_A_SMALL_CARD = """\
+version: 1
+model: {source: long, dtype: float32}
+workload: {context_length: 7598}
+hardware:
+  devices:
+    cuda:0: {memory: 4MiB, bandwidth: 1TB/s, flops: 100TFLOP/s}
+    cpu: {memory: 1GiB, bandwidth: 2TB/s, flops: 100TFLOP/s}
+  links: {host: 1GB/s, peer: 25GB/s}
+placement: {strategy: fastest}
+"""
+
+
+def test_a_capacity_that_a_dry_run_lowered_is_shown_beside_the_whole(workspace):
+    Path("long").mkdir()
+    Path("long/config.json").write_text(json.dumps({**LLAMA, "vocab_size": 384, "max_position_embeddings": 2**15}))
+    Path("profile.yaml").write_text(CPU_BESIDE_A_SMALL_CARD)
+    (finding,) = run_pipeline(Request(path=Path("profile.yaml"), simulates=True)).diagnostics
+    assert finding.code == "over-capacity"
+    assert re.search(r"cuda:0 \([0-9.]+ MiB of 4.0 MiB: loading or running needs the rest\)", finding.message)
