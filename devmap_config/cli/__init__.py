@@ -27,7 +27,8 @@ from devmap_config.cli.init import init
 from devmap_config.cli.probe import probe
 from devmap_config.cli.receipts import receipts
 from devmap_config.cli.report import report as report_command
-from devmap_config.cli.reporting import echo, echo_lines, report
+from devmap_config.cli.reporting import echo, echo_lines
+from devmap_config.cli.reporting import report as report_diagnostics  # `report` is a module beside it
 from devmap_config.cli.run import run
 from devmap_config.cli.schema import schema
 from devmap_config.cli.serve import serve
@@ -170,4 +171,4 @@ def _output_format() -> str:
 def _print_failure(code: ErrorCode, message: str) -> None:
     """Print the object that `--format json` promises for a command that failed before it had a result."""
     if _output_format() == "json":
-        report([Diagnostic.error(code, message)], {}, "json", data={"plan": None})
+        report_diagnostics([Diagnostic.error(code, message)], {}, "json", data={"plan": None})

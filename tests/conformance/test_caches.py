@@ -167,7 +167,7 @@ def test_quantised_caches_change_logits_by_no_more_than_the_page_says(name, back
 def test_the_page_states_how_far_quantised_caches_change_logits():
     page = " ".join((REPOSITORY / "docs" / "long-context.md").read_text(encoding="utf-8").split())
     fp8, four, two = (f"{100 * part:g} %" for part in TOLERANCES.values())
-    assert f"by at most {fp8} of their spread by `fp8`, {four} by 4 bits of `quanto` and {two} by 2" in page
+    assert f"by at most {fp8} of their spread with `fp8`, {four} with 4 bits of `quanto`, and {two} with 2" in page
 
 
 @pytest.mark.parametrize("name", WITHOUT_WINDOWS)

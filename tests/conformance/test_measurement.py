@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import gc
 import inspect
 import json
 
@@ -96,6 +97,7 @@ def profiled_peak(model, inputs):
     """Return the peak of bytes above those held before, as torch's own profiler counts allocations."""
     with torch.no_grad():
         model(**inputs)  # what is made once and kept is not of this run
+        gc.collect()  # neither is what earlier runs left, if it is freed meanwhile
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
             output = model(**inputs)
     live = peak = 0

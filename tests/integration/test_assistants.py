@@ -224,8 +224,8 @@ def test_output_says_that_predictions_exclude_the_draft(capsys):
     ("options", "code", "told"),
     [
         ({"workload": "context_length: 64, batch_size: 2"}, "unfit-assistant", "one sequence at a time"),
-        ({"workload": "context_length: 64, cache: static"}, "unfit-assistant", "beside a static cache"),
-        ({"placement": "{strategy: longest-context}"}, "unfit-assistant", "is not compared"),
+        ({"workload": "context_length: 64, cache: static"}, "unfit-assistant", "with a static cache"),
+        ({"placement": "{strategy: longest-context}"}, "unfit-assistant", "does not count the draft"),
         ({"assistant": "someone/llama-draft"}, "unfit-assistant", "its commit is not named"),
         ({"assistant": "missing/of/three"}, "model-not-found", "of the draft model: there is no"),
         ({"assistant": "other"}, "unfit-assistant", "its vocabulary has 300 words, and the model's 256"),

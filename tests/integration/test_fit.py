@@ -260,7 +260,7 @@ def test_fit_suggests_vllm_for_several_hosts():
     )
     [row], code = fit("hosts.yaml")
     assert (row["fits"], row["other_engine"]["settings"], code) == (False, {"targets": ["vllm"]}, 1)
-    assert "stages of 3 + 3 layers" in row["other_engine"]["reason"]
+    assert "all layers on a/cuda:0" in row["other_engine"]["reason"]
 
 
 def test_fit_suggests_transformers_with_offloading_if_vllm_has_no_room(profile):
