@@ -127,7 +127,10 @@ def by_device(cache):
     return found
 
 
-@pytest.mark.parametrize("config", [LLAMA, WINDOWS], ids=["all of the context", "windows"])
+@pytest.mark.parametrize(
+    "config",
+    [pytest.param(LLAMA, id="all of the context"), pytest.param(WINDOWS, id="windows", marks=pytest.mark.zoo)],
+)
 @pytest.mark.parametrize("cache", ["offloaded", "offloaded_static"])
 @pytest.mark.parametrize("placement", PLACEMENTS.values(), ids=PLACEMENTS)
 def test_an_offloaded_cache_gives_equal_logits_and_is_where_planned(placement, cache, config):

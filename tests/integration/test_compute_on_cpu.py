@@ -26,7 +26,10 @@ from devmap_config.dispatch.cpu_compute import UncallableUnitError, compute_on_c
         ("media_on_simulated_accelerator.py", "not zoo"),
         ("companions_on_simulated_accelerator.py", "not zoo"),
         ("caches_on_simulated_accelerator.py", "not zoo"),
-        pytest.param("media_on_simulated_accelerator.py", "zoo", marks=pytest.mark.zoo),
+        *(
+            pytest.param(f"{kind}_on_simulated_accelerator.py", "zoo", marks=pytest.mark.zoo)
+            for kind in ("media", "companions", "caches")
+        ),
     ],
 )
 def test_on_a_simulated_accelerator(tests, which, monkeypatch):
